@@ -1,0 +1,1 @@
+"""Ops that must be fast. Each folder is one op; its `__init__` is the only import point. Kernels know arrays, not models."""

@@ -1,0 +1,31 @@
+"""Causal attention in plain JAX: the oracle of the kernels and the CPU path.
+
+Queries are taken in blocks, and a block's scores reach only as far as its last key: half the products of the full
+square, and the scores of one block in memory.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+QUERY_BLOCK = 128
+
+
+def causal_attention(q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, *, scale: float) -> jax.Array:
+    """Computes causal attention block of queries by block; [B, T, N, U] in q's dtype."""
+    length = q_BTNX.shape[1]
+    blocks = [
+        _attend(q_BTNX[:, start : start + QUERY_BLOCK], k_BTNX[:, :end], v_BTNU[:, :end], start, scale)
+        for start in range(0, length, QUERY_BLOCK)
+        for end in [min(start + QUERY_BLOCK, length)]
+    ]
+    return checkpoint_name(jnp.concatenate(blocks, axis=1), "attention_out")
+
+
+def _attend(q_BTNX, k_BSNX, v_BSNU, first_position: int, scale: float):
+    scores_BNTS = jnp.einsum("BTNX,BSNX->BNTS", q_BTNX, k_BSNX, preferred_element_type=jnp.float32) * scale
+    query_positions = first_position + jnp.arange(q_BTNX.shape[1])
+    is_visible_TS = jnp.arange(k_BSNX.shape[1]) <= query_positions[:, None]
+    weights_BNTS = jax.nn.softmax(jnp.where(is_visible_TS, scores_BNTS, -jnp.inf), axis=-1)
+    out = jnp.einsum("BNTS,BSNU->BTNU", weights_BNTS.astype(q_BTNX.dtype), v_BSNU, preferred_element_type=jnp.float32)
+    return out.astype(q_BTNX.dtype)

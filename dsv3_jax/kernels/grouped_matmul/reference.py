@@ -1,0 +1,70 @@
+"""Grouped matmul in plain JAX: the oracle of the kernels and the CPU path.
+
+Walks the live blocks of `alignment` rows, one dense product each, so the work follows the tokens and never the number of
+groups (`jax.lax.ragged_dot` multiplies every row with every group on CPU and GPU).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+SMALLEST_BLOCK = 8
+LARGEST_BLOCK = 256  # a block of rows and its product stay in a core's L2 cache
+
+
+def row_alignment(num_rows: int, num_groups: int) -> int:
+    """Returns a block of about half a group's mean rows: little padding, few blocks."""
+    half_mean = max(1, num_rows // (2 * num_groups))
+    return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << (half_mean - 1).bit_length()))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(x_MK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, alignment: int) -> jax.Array:
+    """Multiplies each live block of rows with its group's matrix; [M, N] in x's dtype."""
+    group_of_block, num_live_blocks = _live_blocks(group_sizes_E, alignment, x_MK.shape[0] // alignment)
+
+    def multiply_block(block, y_MN):
+        x_bK = _rows(x_MK, block, alignment)
+        y_bN = jnp.dot(x_bK, w_EKN[group_of_block[block]], preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(y_MN, y_bN.astype(y_MN.dtype), block * alignment, 0)
+
+    y_MN = jnp.zeros((x_MK.shape[0], w_EKN.shape[2]), x_MK.dtype)
+    return jax.lax.fori_loop(0, num_live_blocks, multiply_block, y_MN)
+
+
+def _forward(x_MK, w_EKN, group_sizes_E, alignment):
+    return grouped_matmul(x_MK, w_EKN, group_sizes_E, alignment), (x_MK, w_EKN, group_sizes_E)
+
+
+def _backward(alignment, residuals, dy_MN):
+    x_MK, w_EKN, group_sizes_E = residuals
+    group_of_block, num_live_blocks = _live_blocks(group_sizes_E, alignment, x_MK.shape[0] // alignment)
+
+    def differentiate_block(block, gradients):
+        dx_MK, dw_EKN = gradients
+        group = group_of_block[block]
+        dy_bN = _rows(dy_MN, block, alignment)
+        x_bK = _rows(x_MK, block, alignment)
+        dx_bK = jax.lax.dot_general(dy_bN, w_EKN[group], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        dw_KN = jax.lax.dot_general(x_bK, dy_bN, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        dx_MK = jax.lax.dynamic_update_slice_in_dim(dx_MK, dx_bK.astype(dx_MK.dtype), block * alignment, 0)
+        return dx_MK, dw_EKN.at[group].add(dw_KN)
+
+    gradients = (jnp.zeros_like(x_MK), jnp.zeros(w_EKN.shape, jnp.float32))
+    dx_MK, dw_EKN = jax.lax.fori_loop(0, num_live_blocks, differentiate_block, gradients)
+    return dx_MK, dw_EKN.astype(w_EKN.dtype), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _live_blocks(group_sizes_E: jax.Array, alignment: int, num_blocks: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the group of every block and the number of blocks that hold rows."""
+    last_block_E = jnp.cumsum(-(-group_sizes_E // alignment))
+    group_of_block = jnp.searchsorted(last_block_E, jnp.arange(num_blocks), side="right", method="compare_all")
+    return jnp.minimum(group_of_block, group_sizes_E.shape[0] - 1), last_block_E[-1]
+
+
+def _rows(x: jax.Array, block: jax.Array, alignment: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, block * alignment, alignment, 0)
