@@ -13,6 +13,7 @@ from typing import Any
 
 PRECISIONS = ("fp32", "bf16")
 REMAT_POLICIES = ("none", "report", "full")
+MOMENTS = ("bf16", "fp32")
 
 
 def setting(default: Any, help: str) -> Any:
@@ -175,7 +176,7 @@ class TrainConfig:
     batch_size: int = setting(15360, "sequences per optimizer step after the ramp")
     batch_size_start: int = setting(3072, "sequences per optimizer step at the start of the ramp")
     batch_ramp_tokens: int = setting(469 * 10**9, "tokens over which the batch grows; 0: batch_size from the start")
-    microbatch_size: int = setting(0, "sequences per gradient-accumulation pass, all devices; 0: the whole batch")
+    microbatch_size: int = setting(0, "sequences per gradient-accumulation pass, all devices; 0: the smallest batch")
     learning_rate: float = setting(2.2e-4, "peak learning rate")
     learning_rate_decayed: float = setting(2.2e-5, "learning rate after the cosine")
     learning_rate_last: float = setting(7.3e-6, "learning rate of the last phase")
@@ -187,6 +188,7 @@ class TrainConfig:
     adam_b1: float = setting(0.9, "decay of the first moment")
     adam_b2: float = setting(0.95, "decay of the second moment")
     adam_eps: float = setting(1e-8, "added to the root of the second moment")
+    adam_moments: str = setting("bf16", f"precision that both moments are kept in: {' | '.join(MOMENTS)}")
     weight_decay: float = setting(0.1, "decoupled weight decay, times the learning rate")
     clip_norm: float = setting(1.0, "largest global gradient norm")
     init_std: float = setting(0.006, "standard deviation of the initial weights")
@@ -217,17 +219,31 @@ class TrainConfig:
         )  # fmt: skip
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            require(value >= 0, f"train.{field.name}", value, "must not be negative")
+            require(isinstance(value, str) or value >= 0, f"train.{field.name}", value, "must not be negative")
         for name in ("adam_b1", "adam_b2", "ema_decay"):
             require(getattr(self, name) < 1, f"train.{name}", getattr(self, name), "must be below 1")
+        require(self.adam_moments in MOMENTS, "train.adam_moments", self.adam_moments, f"choose one of {MOMENTS}")
+        require(self.adam_moments == "fp32" or max(self.adam_b1, self.adam_b2) <= 0.98, "train.adam_b2", self.adam_b2,
+                "a BF16 moment that moves by less than 2% a step stands still; set train.adam_moments=fp32")  # fmt: skip
         require(self.batch_size_start <= self.batch_size or not self.batch_ramp_tokens, "train.batch_size_start",
                 self.batch_size_start, f"the ramp only grows: at most batch_size={self.batch_size}")  # fmt: skip
-        if self.microbatch_size:
-            for name in ("batch_size", "batch_size_start") if self.batch_ramp_tokens else ("batch_size",):
-                require(getattr(self, name) % self.microbatch_size == 0, f"train.{name}", getattr(self, name),
-                        f"must be a multiple of microbatch_size={self.microbatch_size}")  # fmt: skip
+        for name in ("batch_size", "batch_size_start") if self.batch_ramp_tokens else ("batch_size",):
+            require(getattr(self, name) % self.rows_per_pass == 0, f"train.{name}", getattr(self, name),
+                    f"must be a multiple of the {self.rows_per_pass} sequences of one gradient-accumulation pass; "
+                    "change it or train.microbatch_size")  # fmt: skip
         require(self.spike_factor == 0 or self.spike_factor > 1, "train.spike_factor", self.spike_factor,
                 "must exceed 1, or be 0 to turn it off")  # fmt: skip
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Sequences of one gradient-accumulation pass, all devices together."""
+        smallest_batch = self.batch_size_start if self.batch_ramp_tokens else self.batch_size
+        return self.microbatch_size if self.microbatch_size else smallest_batch
+
+    @property
+    def max_passes(self) -> int:
+        """Gradient-accumulation passes of the largest batch."""
+        return self.batch_size // self.rows_per_pass
 
     @property
     def schedule_tokens(self) -> int:
