@@ -208,7 +208,7 @@ class TrainConfig:
     eval_sequences: int = setting(256, "held-out sequences per evaluation")
     checkpoint_every_steps: int = setting(1000, "optimizer steps between checkpoints; the last step is always saved")
     checkpoints_to_keep: int = setting(3, "most recent checkpoints kept")
-    checkpoint_keep_every_steps: int = setting(0, "checkpoints at multiples of this many steps are kept for good; 0: none")
+    checkpoint_keep_every_steps: int = setting(0, "checkpoints at multiples of this many steps stay for good; 0: none")
     peak_tflops: float = setting(0.0, "peak of one device for the utilisation shown, TFLOP/s; 0: utilisation not shown")
 
     def __post_init__(self):
@@ -223,8 +223,10 @@ class TrainConfig:
         for name in ("adam_b1", "adam_b2", "ema_decay"):
             require(getattr(self, name) < 1, f"train.{name}", getattr(self, name), "must be below 1")
         require(self.adam_moments in MOMENTS, "train.adam_moments", self.adam_moments, f"choose one of {MOMENTS}")
-        require(self.adam_moments == "fp32" or max(self.adam_b1, self.adam_b2) <= 0.98, "train.adam_b2", self.adam_b2,
-                "a BF16 moment that moves by less than 2% a step stands still; set train.adam_moments=fp32")  # fmt: skip
+        for name in ("adam_b1", "adam_b2"):
+            require(self.adam_moments == "fp32" or getattr(self, name) <= 0.98, f"train.{name}", getattr(self, name),
+                    "a BF16 moment that moves by less than 2% a step stands still; lower it or set "
+                    "train.adam_moments=fp32")  # fmt: skip
         require(self.batch_size_start <= self.batch_size or not self.batch_ramp_tokens, "train.batch_size_start",
                 self.batch_size_start, f"the ramp only grows: at most batch_size={self.batch_size}")  # fmt: skip
         for name in ("batch_size", "batch_size_start") if self.batch_ramp_tokens else ("batch_size",):
