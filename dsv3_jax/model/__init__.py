@@ -1,0 +1,25 @@
+"""The network: pure functions of (config, parameters, tokens). Parameters are a plain nested dict of arrays.
+
+Shape suffixes, one alphabet: B batch, T query tokens, S cache tokens, D hidden, N heads, H position-free head dim,
+R rope head dim, X = H + R, U value head dim, Q query latent, C key-value latent, Z = C + R, F feed-forward,
+V vocabulary, L stacked layers, E routed experts, K experts per token, P = T·K choices, G expert groups,
+M rows after dispatch. A capital is a logical dimension; lower case is the local part inside `shard_map`.
+"""
+
+from dsv3_jax.model.cache import Cache, init_cache
+from dsv3_jax.model.deepseek_v3 import (
+    Forward,
+    count_params,
+    decode_step,
+    forward,
+    init_params,
+    logits,
+    param_specs,
+    prefill,
+)
+from dsv3_jax.model.params import ParamSpec, cast_params, compute_dtype
+
+__all__ = [
+    "Cache", "Forward", "ParamSpec", "cast_params", "compute_dtype", "count_params", "decode_step", "forward",
+    "init_cache", "init_params", "logits", "param_specs", "prefill",
+]  # fmt: skip

@@ -1,0 +1,90 @@
+"""One transformer block, and a stack of them scanned: the compiled program does not grow with depth."""
+
+import functools
+
+import jax
+from flax import nnx
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.attention import Attention
+from dsv3_jax.model.layers import FeedForward, rms_norm
+from dsv3_jax.model.moe import MoE, MoEStatistics
+from dsv3_jax.model.params import declare
+from dsv3_jax.sharding.rules import constrain
+
+# What each policy keeps for the backward pass; None keeps everything. "report" recomputes what §3.2.3 and §3.3.3 do:
+# RMSNorms, the up-projections of MLA and SwiGLU outputs. "full" keeps the blocks' inputs only.
+SAVED_NAMES = {
+    "none": None,
+    "report": (
+        "q_latent", "kv_latent", "attention_out", "attention_lse", "attention_projected", "gate_up", "expert_out",
+    ),
+    "full": (),
+}  # fmt: skip
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, is_moe: bool):
+        self.config = config
+        self.is_moe = is_moe
+        embed = ("embed", config.hidden_size)
+        self.input_layernorm = declare(embed, init="ones")
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = declare(embed, init="ones")
+        self.mlp = MoE(config) if is_moe else FeedForward(config.hidden_size, config.intermediate_size)
+
+    def __call__(self, x_BTD, cosines, sines) -> tuple[jax.Array, jax.Array, MoEStatistics | None]:
+        """Returns the block's output, the latents that a cache keeps, and the routing of a MoE block."""
+        x_BTD = constrain(x_BTD, "batch", None, None)
+        attended, cached_BTZ = self.self_attn(self._norm(x_BTD, self.input_layernorm), cosines, sines)
+        y_BTD, statistics = self._feed_forward(x_BTD + attended)
+        return y_BTD, cached_BTZ, statistics
+
+    def decode(self, x_BTD, cosines, sines, cache_BSZ, lengths_B) -> tuple[jax.Array, jax.Array]:
+        """Returns the output of new tokens and the cache with them in it."""
+        normed = self._norm(x_BTD, self.input_layernorm)
+        attended, cache_BSZ = self.self_attn.decode(normed, cosines, sines, cache_BSZ, lengths_B)
+        return self._feed_forward(x_BTD + attended)[0], cache_BSZ
+
+    def _feed_forward(self, x_BTD) -> tuple[jax.Array, MoEStatistics | None]:
+        normed = self._norm(x_BTD, self.post_attention_layernorm)
+        if not self.is_moe:
+            return x_BTD + self.mlp(normed), None
+        y_BTD, statistics = self.mlp(normed)
+        return x_BTD + y_BTD, statistics
+
+    def _norm(self, x_BTD, weight) -> jax.Array:
+        return rms_norm(x_BTD, weight[...], self.config.rms_norm_eps)
+
+
+def scan_blocks(blocks: Block, x_BTD, cosines, sines) -> tuple[jax.Array, MoEStatistics | None]:
+    """Runs a stack of blocks; returns the output and the routing of every layer, stacked."""
+    graphdef, layers = nnx.split(blocks)
+
+    def run_layer(x_BTD, layer):
+        y_BTD, _, statistics = nnx.merge(graphdef, layer)(x_BTD, cosines, sines)
+        return y_BTD, statistics
+
+    return jax.lax.scan(remat(run_layer, blocks.config.remat_policy), x_BTD, layers)
+
+
+def scan_blocks_with_cache(blocks: Block, x_BTD, cosines, sines) -> tuple[jax.Array, jax.Array]:
+    """Runs a stack of blocks; returns the output and what a cache keeps, [L, B, T, C + R]."""
+    graphdef, layers = nnx.split(blocks)
+
+    def run_layer(x_BTD, layer):
+        y_BTD, cached_BTZ, _ = nnx.merge(graphdef, layer)(x_BTD, cosines, sines)
+        return y_BTD, cached_BTZ
+
+    return jax.lax.scan(run_layer, x_BTD, layers)
+
+
+def remat(layer_function, policy: str):
+    """Wraps a layer so that its backward pass keeps only what the named policy keeps."""
+    names = SAVED_NAMES[policy]
+    if names is None:
+        return layer_function
+    save_names = jax.checkpoint_policies.save_only_these_names(*names)
+    return functools.partial(jax.checkpoint, policy=save_names, prevent_cse=False)(layer_function)

@@ -1,0 +1,205 @@
+"""DeepSeek-V3 as pure functions of (config, parameters, tokens)."""
+
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3_jax.config import ModelConfig, require
+from dsv3_jax.model import rope
+from dsv3_jax.model.block import Block, scan_blocks, scan_blocks_with_cache
+from dsv3_jax.model.cache import Cache
+from dsv3_jax.model.layers import exact_if_float32, rms_norm
+from dsv3_jax.model.mtp import MTPModule, scan_modules
+from dsv3_jax.model.params import compute_dtype, declare, init_from_specs, num_elements, stacked
+from dsv3_jax.sharding.rules import constrain
+
+
+class Forward(typing.NamedTuple):
+    """What training needs of one pass."""
+
+    h_BTD: jax.Array  # after the final norm
+    mtp_h: tuple[jax.Array, ...]  # one [B, T, D] per MTP depth, each after its own norm
+    tokens_per_expert: dict[str, jax.Array]  # stack name -> int32 [layers, E]
+    balance_loss: jax.Array  # float32 scalar, summed over layers, without alpha
+
+
+class DeepseekV3(nnx.Module):
+    """Declares the parameters and runs them. Outside `model/`, use the functions of this module instead."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        embed, vocab = ("embed", config.hidden_size), ("vocab", config.vocab_size)
+        self.embed_tokens = declare(vocab, embed)
+        if config.num_dense_layers:
+            self.dense_layers = stacked(Block(config, is_moe=False), config.num_dense_layers)
+        if config.num_moe_layers:
+            self.moe_layers = stacked(Block(config, is_moe=True), config.num_moe_layers)
+        self.norm = declare(embed, init="ones")
+        self.lm_head = declare(embed, vocab)
+        if config.num_nextn_predict_layers:
+            self.mtp_layers = stacked(MTPModule(config), config.num_nextn_predict_layers)
+
+    def stacks(self) -> dict[str, Block]:
+        """Returns the stacks of blocks that exist, in order."""
+        return {name: getattr(self, name) for name in ("dense_layers", "moe_layers") if hasattr(self, name)}
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Looks up embeddings, [..., D] in the compute dtype."""
+        return _lookup(self.embed_tokens[...], tokens, compute_dtype(self.config))
+
+    def final_norm(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
+
+    def __call__(self, tokens_BT: jax.Array, next_tokens_BT: jax.Array | None) -> Forward:
+        cosines, sines = rope.rotation(self.config, jnp.arange(tokens_BT.shape[1]))
+        x_BTD = constrain(self.embed(tokens_BT), "batch", None, None)
+        routing = {}
+        for name, blocks in self.stacks().items():
+            x_BTD, statistics = scan_blocks(blocks, x_BTD, cosines, sines)
+            if statistics is not None:
+                routing[name] = statistics
+        h_BTD, mtp_h = self.final_norm(x_BTD), ()
+        if next_tokens_BT is not None and self.config.num_nextn_predict_layers:
+            embedded_BTD = self.embed(next_tokens_BT)
+            stacked_h, routing["mtp_layers"] = scan_modules(self.mtp_layers, h_BTD, embedded_BTD, cosines, sines)
+            mtp_h = tuple(stacked_h)
+        return Forward(
+            h_BTD,
+            mtp_h,
+            {name: statistics.tokens_per_expert_E for name, statistics in routing.items()},
+            sum((statistics.balance_loss.sum() for statistics in routing.values()), jnp.float32(0)),
+        )
+
+    def project_to_logits(self, h: jax.Array) -> jax.Array:
+        """Returns float32 logits [..., V]."""
+        head_DV = self.lm_head[...].astype(h.dtype)
+        return jnp.dot(h, head_DV, precision=exact_if_float32(h.dtype), preferred_element_type=jnp.float32)
+
+
+def param_specs(config: ModelConfig) -> dict:
+    """Returns the tree of `ParamSpec`s: what every parameter's shape, logical axes and initializer are."""
+    return nnx.to_pure_dict(nnx.split(DeepseekV3(config))[1])
+
+
+def init_params(config: ModelConfig, key: jax.Array, *, init_std: float) -> dict:
+    """Draws float32 parameters: normal with standard deviation init_std, norms 1, biases 0 (§4.2)."""
+    return init_from_specs(param_specs(config), key, init_std=init_std)
+
+
+def count_params(config: ModelConfig, *, with_mtp: bool) -> int:
+    """Counts the parameters, router biases included; MTP modules share embedding and head."""
+    specs = param_specs(config)
+    total = num_elements(specs)
+    if not with_mtp and "mtp_layers" in specs:
+        total -= num_elements(specs["mtp_layers"])
+    return total
+
+
+def forward(
+    config: ModelConfig, params: dict, tokens_BT: jax.Array, *, next_tokens_BT: jax.Array | None = None
+) -> Forward:
+    """Runs the network over whole sequences.
+
+    Args:
+      params: tree of `param_specs`, any float dtype; linears compute in the config's precision.
+      tokens_BT: int32 token ids.
+      next_tokens_BT: token i+1 at position i; given, the MTP modules run too.
+
+    Raises:
+      ValueError: a sequence longer than max_position_embeddings.
+    """
+    _require_fits(config, tokens_BT.shape[1])
+    return _bind(config, params)(tokens_BT, next_tokens_BT)
+
+
+def logits(config: ModelConfig, params: dict, h: jax.Array) -> jax.Array:
+    """Projects hidden states [..., D] to float32 logits [..., V]."""
+    return _bind(config, params).project_to_logits(h)
+
+
+def prefill(
+    config: ModelConfig, params: dict, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Reads prompts into an empty cache.
+
+    Args:
+      tokens_BT: prompts, padded on the right with any id.
+      lengths_B: real tokens of each row, at least 1.
+      cache: from `init_cache`, with room for T tokens.
+
+    Returns:
+      float32 logits [B, V] after the last real token, and the filled cache.
+    """
+    length = tokens_BT.shape[1]
+    _require_fits(config, length)
+    model = _bind(config, params)
+    cosines, sines = rope.rotation(config, jnp.arange(length))
+    x_BTD, latents = model.embed(tokens_BT), {}
+    for name, blocks in model.stacks().items():
+        x_BTD, new_LBTZ = scan_blocks_with_cache(blocks, x_BTD, cosines, sines)
+        latents[name] = jax.lax.dynamic_update_slice_in_dim(
+            cache.latents[name], new_LBTZ.astype(cache.latents[name].dtype), 0, axis=2
+        )
+    last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    return model.project_to_logits(model.final_norm(last_BD)), Cache(latents, lengths_B)
+
+
+def decode_step(config: ModelConfig, params: dict, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Continues every row by one token; returns float32 logits [B, V] and the longer cache."""
+    model = _bind(config, params)
+    cosines, sines = rope.rotation(config, cache.lengths_B[:, None])
+    x_BTD, latents = model.embed(tokens_B[:, None]), {}
+    for name, blocks in model.stacks().items():
+        x_BTD, latents[name] = _decode_stack(blocks, x_BTD, cosines, sines, cache.latents[name], cache.lengths_B)
+    return model.project_to_logits(model.final_norm(x_BTD[:, 0])), Cache(latents, cache.lengths_B + 1)
+
+
+def _decode_stack(blocks: Block, x_BTD, cosines, sines, cache_LBSZ, lengths_B) -> tuple[jax.Array, jax.Array]:
+    """Runs a stack on new tokens; the cache is carried, so that only the new tokens are written."""
+    graphdef, layers = nnx.split(blocks)
+
+    def run_layer(carry, indexed_layer):
+        x_BTD, cache_LBSZ = carry
+        index, layer = indexed_layer
+        cache_BSZ = jax.lax.dynamic_index_in_dim(cache_LBSZ, index, keepdims=False)
+        x_BTD, cache_BSZ = nnx.merge(graphdef, layer).decode(x_BTD, cosines, sines, cache_BSZ, lengths_B)
+        return (x_BTD, jax.lax.dynamic_update_index_in_dim(cache_LBSZ, cache_BSZ, index, 0)), None
+
+    return jax.lax.scan(run_layer, (x_BTD, cache_LBSZ), (jnp.arange(len(cache_LBSZ)), layers))[0]
+
+
+@functools.lru_cache
+def _graphdef(config: ModelConfig) -> nnx.GraphDef:
+    return nnx.split(DeepseekV3(config))[0]
+
+
+def _bind(config: ModelConfig, params: dict) -> DeepseekV3:
+    return nnx.merge(_graphdef(config), nnx.State(params))
+
+
+def _require_fits(config: ModelConfig, length: int) -> None:
+    require(length <= config.max_position_embeddings, "sequence length", length,
+            f"exceeds model.max_position_embeddings={config.max_position_embeddings}")  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lookup(table_VD: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Looks up rows; the gradient of a frequent token is summed in float32."""
+    return table_VD[tokens].astype(dtype)
+
+
+def _lookup_forward(table_VD, tokens, dtype):
+    return _lookup(table_VD, tokens, dtype), (table_VD, tokens)
+
+
+def _lookup_backward(dtype, residuals, dx):
+    del dtype
+    table_VD, tokens = residuals
+    dtable_VD = jnp.zeros(table_VD.shape, jnp.float32).at[tokens].add(dx.astype(jnp.float32))
+    return dtable_VD.astype(table_VD.dtype), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -1,0 +1,84 @@
+"""The pieces every block is made of: linear, RMSNorm, SwiGLU feed-forward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.model.params import declare
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: jax.Array, weight: jax.Array, contracted_dims: int = 1) -> jax.Array:
+    """Contracts the last dimensions of x with the first of the weight.
+
+    The weight is rounded to x's dtype; products accumulate in float32, and float32 operands are multiplied in float32
+    on every device (no TF32). The weight's gradient has the weight's own dtype, so that of a float32 master weight is
+    never rounded to bfloat16 (§3.3.2).
+
+    Args:
+      x: [..., *K].
+      weight: [*K, *N].
+      contracted_dims: how many dimensions K stands for.
+
+    Returns:
+      [..., *N] in x's dtype.
+    """
+    x_dims = tuple(range(x.ndim - contracted_dims, x.ndim))
+    return _contract(x, weight.astype(x.dtype), x_dims, tuple(range(contracted_dims)), x.dtype)
+
+
+def _linear_forward(x, weight, contracted_dims):
+    return linear(x, weight, contracted_dims), (x, weight)
+
+
+def _linear_backward(contracted_dims, residuals, dy):
+    x, weight = residuals
+    num_batch_dims = x.ndim - contracted_dims
+    batch_dims = tuple(range(num_batch_dims))
+    dy_dims, weight_dims = tuple(range(num_batch_dims, dy.ndim)), tuple(range(contracted_dims, weight.ndim))
+    dx = _contract(dy, weight.astype(dy.dtype), dy_dims, weight_dims, x.dtype)
+    dweight = _contract(x, dy, batch_dims, batch_dims, weight.dtype)
+    return dx, dweight
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _contract(a, b, a_dims, b_dims, dtype) -> jax.Array:
+    contraction = ((a_dims, b_dims), ((), ()))
+    return jax.lax.dot_general(a, b, contraction, precision=exact_if_float32(a.dtype), preferred_element_type=dtype)
+
+
+def exact_if_float32(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """Returns the precision that keeps float32 products float32."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Normalises the last dimension by its root mean square, in float32; returns x's dtype."""
+    x_float = x.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x_float), axis=-1, keepdims=True) + eps)
+    return (x_float * inverse_rms * weight).astype(x.dtype)
+
+
+def swiglu(gate_up: jax.Array) -> jax.Array:
+    """Returns silu(gate) · up of [..., 2, F], computed in float32, in the input's dtype."""
+    gate, up = gate_up[..., 0, :].astype(jnp.float32), gate_up[..., 1, :].astype(jnp.float32)
+    return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
+
+
+class FeedForward(nnx.Module):
+    """A SwiGLU feed-forward: the dense layers' and the shared experts'."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        self.gate_up_proj = declare(("embed", hidden_size), (None, 2), ("ffn", intermediate_size))
+        self.down_proj = declare(("ffn", intermediate_size), ("embed", hidden_size))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., D] to [..., D]."""
+        gate_up = checkpoint_name(linear(x, self.gate_up_proj[...]), "gate_up")
+        return linear(swiglu(gate_up), self.down_proj[...])
+

@@ -1,0 +1,159 @@
+"""The mixture of experts (§2.1.2): rows sorted by expert, one grouped product per projection, no token dropped."""
+
+import typing
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels import grouped_matmul as kernel
+from dsv3_jax.model.layers import FeedForward, swiglu
+from dsv3_jax.model.params import declare
+from dsv3_jax.model.router import balance_loss, route, tokens_per_expert
+from dsv3_jax.sharding.rules import activation_spec
+
+
+class MoEStatistics(typing.NamedTuple):
+    """What training needs to know of one layer's routing."""
+
+    tokens_per_expert_E: jax.Array  # int32, over the whole batch
+    balance_loss: jax.Array  # float32 scalar, without alpha
+
+
+class MoE(nnx.Module):
+    """Routed experts beside shared ones."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        routed = ("routed_experts", config.n_routed_experts)
+        self.gate = declare(("embed", config.hidden_size), routed)
+        self.e_score_correction_bias = declare(routed, init="zeros")
+        self.experts = Experts(config)
+        if config.n_shared_experts:
+            width = config.moe_intermediate_size * config.n_shared_experts
+            self.shared_experts = FeedForward(config.hidden_size, width)
+
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, MoEStatistics]:
+        """Maps [B, T, D] to [B, T, D] and reports the routing."""
+        batch, length, _ = x_BTD.shape
+        x_TD = x_BTD.reshape(batch * length, -1)
+        routing = route(self.config, self.gate[...], self.e_score_correction_bias[...], x_TD)
+        shape_BTK = (batch, length, self.config.num_experts_per_tok)
+        y_BTD = self.experts(x_BTD, routing.experts_TK.reshape(shape_BTK), routing.weights_TK.reshape(shape_BTK))
+        if self.config.n_shared_experts:
+            y_BTD = y_BTD + self.shared_experts(x_BTD)
+        statistics = MoEStatistics(
+            tokens_per_expert(routing.experts_TK, self.config.n_routed_experts),
+            balance_loss(self.config, routing.scores_TE.reshape(batch, length, -1)),
+        )
+        return y_BTD, statistics
+
+
+class Experts(nnx.Module):
+    """The routed experts' SwiGLU feed-forwards."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        routed, ffn = ("routed_experts", config.n_routed_experts), ("expert_ffn", config.moe_intermediate_size)
+        embed = ("embed", config.hidden_size)
+        self.gate_up_proj = declare(routed, embed, (None, 2), ffn)
+        self.down_proj = declare(routed, ffn, embed)
+
+    def __call__(self, x_BTD: jax.Array, experts_BTK: jax.Array, weights_BTK: jax.Array) -> jax.Array:
+        """Sums each token's chosen experts with their weights, in float32; returns [B, T, D] in x's dtype.
+
+        On a mesh every device serves its own sequences with all experts.
+        """
+        gate_up, down = self.gate_up_proj[...], self.down_proj[...]
+        if jax.sharding.get_abstract_mesh().empty:
+            return _serve(x_BTD, experts_BTK, weights_BTK, gate_up, down)
+        tokens = activation_spec("batch")
+        serve_locally = jax.shard_map(
+            _serve, in_specs=(tokens, tokens, tokens, PartitionSpec(), PartitionSpec()), out_specs=tokens,
+            check_vma=False,
+        )  # fmt: skip
+        return serve_locally(x_BTD, experts_BTK, weights_BTK, gate_up, down)
+
+
+def _serve(x_BTD, experts_BTK, weights_BTK, gate_up_ED2F, down_EFD) -> jax.Array:
+    num_experts, hidden_size, _, width = gate_up_ED2F.shape
+    top_K = experts_BTK.shape[-1]
+    x_TD, weights_TK = x_BTD.reshape(-1, hidden_size), weights_BTK.reshape(-1, top_K)
+    alignment = kernel.row_alignment(weights_TK.size, num_experts)
+    plan = plan_rows(experts_BTK.reshape(-1, top_K), num_experts, alignment)
+    x_MD = gather_rows(x_TD, plan)
+    gate_up_MN = kernel.grouped_matmul(
+        x_MD, gate_up_ED2F.reshape(num_experts, hidden_size, 2 * width), plan.rows_per_expert_E, alignment=alignment
+    )
+    hidden_MF = swiglu(checkpoint_name(gate_up_MN, "gate_up").reshape(-1, 2, width))
+    y_MD = kernel.grouped_matmul(hidden_MF, down_EFD, plan.rows_per_expert_E, alignment=alignment)
+    return combine_rows(checkpoint_name(y_MD, "expert_out"), weights_TK, plan).reshape(x_BTD.shape)
+
+
+class RowPlan(typing.NamedTuple):
+    """Where every (token, choice) pair lies among rows that are sorted by expert and aligned."""
+
+    token_of_row_M: jax.Array  # int32; the number of tokens marks a row that holds none
+    row_of_choice_TK: jax.Array  # int32
+    rows_per_expert_E: jax.Array  # int32
+
+
+def plan_rows(experts_TK: jax.Array, num_experts: int, alignment: int) -> RowPlan:
+    """Sorts the (token, choice) pairs by expert, stably, into the layout of `kernels.grouped_matmul`."""
+    num_tokens, top_K = experts_TK.shape
+    experts_P = experts_TK.reshape(-1)
+    rows_per_expert_E = tokens_per_expert(experts_TK, num_experts)
+    num_rows = kernel.padded_rows(num_tokens * top_K, num_experts, alignment)
+    order_P = jnp.argsort(experts_P, stable=True)
+    sorted_experts_P = experts_P[order_P]
+    first_pair_E = jnp.cumsum(rows_per_expert_E) - rows_per_expert_E
+    shift_E = kernel.group_starts(rows_per_expert_E, alignment) - first_pair_E
+    rows_P = jnp.arange(num_tokens * top_K, dtype=jnp.int32) + shift_E[sorted_experts_P].astype(jnp.int32)
+    token_of_row_M = jnp.full(num_rows, num_tokens, jnp.int32).at[rows_P].set(order_P // top_K, unique_indices=True)
+    row_of_choice_P = jnp.zeros_like(rows_P).at[order_P].set(rows_P, unique_indices=True)
+    return RowPlan(token_of_row_M, row_of_choice_P.reshape(num_tokens, top_K), rows_per_expert_E)
+
+
+@jax.custom_vjp
+def gather_rows(x_TD: jax.Array, plan: RowPlan) -> jax.Array:
+    """Copies every token to the rows of its experts, zeros elsewhere; the gradient gathers too, in float32."""
+    return x_TD.at[plan.token_of_row_M].get(mode="fill", fill_value=0)
+
+
+def _gather_rows_forward(x_TD, plan):
+    return gather_rows(x_TD, plan), plan
+
+
+def _gather_rows_backward(plan, dx_MD):
+    dx_TKD = dx_MD[plan.row_of_choice_TK].astype(jnp.float32)
+    return dx_TKD.sum(axis=1).astype(dx_MD.dtype), None
+
+
+gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
+
+
+@jax.custom_vjp
+def combine_rows(y_MD: jax.Array, weights_TK: jax.Array, plan: RowPlan) -> jax.Array:
+    """Sums every token's rows with its gate weights in float32, rounded once to y's dtype."""
+    y_TKD = y_MD[plan.row_of_choice_TK].astype(jnp.float32)
+    return (y_TKD * weights_TK[..., None]).sum(axis=1).astype(y_MD.dtype)
+
+
+def _combine_rows_forward(y_MD, weights_TK, plan):
+    return combine_rows(y_MD, weights_TK, plan), (y_MD, weights_TK, plan)
+
+
+def _combine_rows_backward(residuals, dout_TD):
+    y_MD, weights_TK, plan = residuals
+    weight_of_row_M = jnp.zeros(y_MD.shape[0], weights_TK.dtype).at[plan.row_of_choice_TK].set(weights_TK)
+    dout_MD = dout_TD.at[plan.token_of_row_M].get(mode="fill", fill_value=0)
+    dy_MD = (dout_MD.astype(jnp.float32) * weight_of_row_M[:, None]).astype(y_MD.dtype)
+    y_TKD = y_MD[plan.row_of_choice_TK].astype(jnp.float32)
+    dweights_TK = (y_TKD * dout_TD[:, None].astype(jnp.float32)).sum(axis=-1)
+    return dy_MD, dweights_TK.astype(weights_TK.dtype), None
+
+
+combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward)
