@@ -4,6 +4,8 @@ Queries are taken in blocks, and a block's scores reach only as far as its last 
 square, and the scores of one block in memory.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -23,9 +25,10 @@ def causal_attention(q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, *,
 
 
 def _attend(q_BTNX, k_BSNX, v_BSNU, first_position: int, scale: float):
-    scores_BNTS = jnp.einsum("BTNX,BSNX->BNTS", q_BTNX, k_BSNX, preferred_element_type=jnp.float32) * scale
+    precision = jax.lax.Precision.HIGHEST if q_BTNX.dtype == jnp.float32 else None
+    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    scores_BNTS = einsum("BTNX,BSNX->BNTS", q_BTNX, k_BSNX) * scale
     query_positions = first_position + jnp.arange(q_BTNX.shape[1])
     is_visible_TS = jnp.arange(k_BSNX.shape[1]) <= query_positions[:, None]
     weights_BNTS = jax.nn.softmax(jnp.where(is_visible_TS, scores_BNTS, -jnp.inf), axis=-1)
-    out = jnp.einsum("BNTS,BSNU->BTNU", weights_BNTS.astype(q_BTNX.dtype), v_BSNU, preferred_element_type=jnp.float32)
-    return out.astype(q_BTNX.dtype)
+    return einsum("BNTS,BSNU->BTNU", weights_BNTS.astype(q_BTNX.dtype), v_BSNU).astype(q_BTNX.dtype)

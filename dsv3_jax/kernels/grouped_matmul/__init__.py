@@ -50,7 +50,8 @@ def grouped_matmul(
 
     Args:
       x_MK: rows in the layout above, any float dtype; M a multiple of the alignment.
-      w_EKN: one matrix per group, same dtype.
+      w_EKN: one matrix per group; rounded to the dtype of x. Its gradient has its own dtype, so that of a float32
+        master weight is never rounded to bfloat16.
       group_sizes_E: int32 rows per group; empty groups are allowed.
       alignment: what the layout was made with, from `row_alignment`.
       implementation: None picks the fastest that the device supports; a named one runs or raises.

@@ -26,7 +26,7 @@ def grouped_matmul(x_MK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, 
 
     def multiply_block(block, y_MN):
         x_bK = _rows(x_MK, block, alignment)
-        y_bN = jnp.dot(x_bK, w_EKN[group_of_block[block]], preferred_element_type=jnp.float32)
+        y_bN = _product(x_bK, w_EKN[group_of_block[block]], 1, 0)
         return jax.lax.dynamic_update_slice_in_dim(y_MN, y_bN.astype(y_MN.dtype), block * alignment, 0)
 
     y_MN = jnp.zeros((x_MK.shape[0], w_EKN.shape[2]), x_MK.dtype)
@@ -46,8 +46,8 @@ def _backward(alignment, residuals, dy_MN):
         group = group_of_block[block]
         dy_bN = _rows(dy_MN, block, alignment)
         x_bK = _rows(x_MK, block, alignment)
-        dx_bK = jax.lax.dot_general(dy_bN, w_EKN[group], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        dw_KN = jax.lax.dot_general(x_bK, dy_bN, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        dx_bK = _product(dy_bN, w_EKN[group], 1, 1)
+        dw_KN = _product(x_bK, dy_bN, 0, 0)
         dx_MK = jax.lax.dynamic_update_slice_in_dim(dx_MK, dx_bK.astype(dx_MK.dtype), block * alignment, 0)
         return dx_MK, dw_EKN.at[group].add(dw_KN)
 
@@ -64,6 +64,14 @@ def _live_blocks(group_sizes_E: jax.Array, alignment: int, num_blocks: int) -> t
     last_block_E = jnp.cumsum(-(-group_sizes_E // alignment))
     group_of_block = jnp.searchsorted(last_block_E, jnp.arange(num_blocks), side="right", method="compare_all")
     return jnp.minimum(group_of_block, group_sizes_E.shape[0] - 1), last_block_E[-1]
+
+
+def _product(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
+    """Contracts two matrices in a's dtype with float32 accumulation; float32 products stay float32 on every device."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    contraction = (((a_dim,), (b_dim,)), ((), ()))
+    b = b.astype(a.dtype)
+    return jax.lax.dot_general(a, b, contraction, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _rows(x: jax.Array, block: jax.Array, alignment: int) -> jax.Array:
