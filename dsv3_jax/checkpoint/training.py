@@ -1,0 +1,292 @@
+"""Training checkpoints: what a workdir holds, and how a run finds itself again.
+
+    workdir/config.json           the resolved configuration of the last start
+    workdir/checkpoints/<step>/   params, ema, optimizer (Orbax) and run (JSON: configuration, progress)
+
+A checkpoint appears under its final name only once it is whole. Saving copies arrays to the host, then writes while
+training goes on.
+"""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from dsv3_jax.config import RunConfig, from_json, require, settings, to_json
+from dsv3_jax.model import param_specs
+
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+
+# A run stays the same run when these change: where and how long it runs, what it shows, when it stops itself. Everything
+# else decides which numbers are trained.
+FREE_SETTINGS = (
+    "mesh.", "data.corpus", "data.prefetch_windows", "model.remat_policy", "train.num_steps", "train.microbatch_size",
+    "train.loss_chunk_tokens", "train.spike_factor", "train.max_bad_steps", "train.log_every_steps",
+    "train.eval_every_steps", "train.eval_sequences", "train.checkpoint_every_steps", "train.checkpoints_to_keep",
+    "train.checkpoint_keep_every_steps", "train.peak_tflops",
+)  # fmt: skip
+
+
+class TrainingCheckpoints:
+    """The checkpoints of one workdir, opened for one configuration.
+
+    Raises:
+      ValueError: the workdir belongs to another configuration, or holds something else; nothing was changed.
+    """
+
+    def __init__(self, workdir: str | Path, config: RunConfig):
+        self._workdir = Path(workdir)
+        require_same_run(self._workdir, config)
+        self._config = config
+        self._manager = _open_manager(self._workdir, config)
+
+    def claim(self) -> None:
+        """Writes the configuration into the workdir, atomically."""
+        _write_config(self._workdir, self._config)
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest whole checkpoint, None without any."""
+        return self._manager.latest_step()
+
+    def items(self, step: int) -> set[str]:
+        """Returns which of params, ema, optimizer and run the checkpoint holds."""
+        return _items(self._workdir, step)
+
+    def save(self, step: int, trees: dict[str, Any], *, progress: dict) -> None:
+        """Starts writing a checkpoint; returns once the arrays are copied, so that they may be donated.
+
+        Args:
+          step: optimizer steps finished.
+          trees: item name (params, ema, optimizer) -> tree of arrays.
+          progress: plain numbers and strings that say where the run stands.
+
+        Raises:
+          OSError: this or the checkpoint before could not be written, e.g. on a full disk; older ones stay whole.
+        """
+        run = {"config": json.loads(to_json(self._config)), "progress": progress}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        self._guarded(lambda: self._manager.save(step, args=ocp.args.Composite(**items, run=ocp.args.JsonSave(run))))
+
+    def restore(self, step: int, structs: dict[str, Any]) -> tuple[dict[str, Any], dict]:
+        """Reads items of a checkpoint straight into the given shardings, on any number of devices.
+
+        Args:
+          structs: item name -> tree of `jax.ShapeDtypeStruct` with shardings.
+
+        Returns:
+          (item name -> tree of arrays, progress as saved).
+
+        Raises:
+          ValueError: the checkpoint is damaged or made by something else.
+        """
+        return _restore(self._workdir, self._manager, step, structs)
+
+    def wait(self) -> None:
+        """Returns once every checkpoint is whole on disk.
+
+        Raises:
+          OSError: as `save`.
+        """
+        self._guarded(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits for what is being written and lets go of the workdir."""
+        self._guarded(self._manager.close)
+
+    def _guarded(self, action) -> None:
+        """Runs an action of the manager; a failed write becomes one OSError that says what is left."""
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            if "os_error_code" not in str(error) and not isinstance(error, OSError):
+                raise
+            _remove_unfinished(self._workdir)
+            left = max(_whole_steps(self._workdir), default=None)
+            raise OSError(
+                _errno(error),
+                f"a checkpoint could not be written under {self._workdir / CHECKPOINTS}: {_reason(error)}. "
+                + (f"The checkpoint of step {left} is whole" if left is not None else "No checkpoint exists")
+                + "; make room and start the same command again",
+            ) from error
+
+
+def require_same_run(workdir: str | Path, config: RunConfig) -> None:
+    """Checks that a workdir is new, or holds a run of this configuration; touches nothing.
+
+    A workdir that holds parameters only (`save_params`) starts any run of the same model.
+
+    Raises:
+      ValueError: naming every setting that differs with both values, or the file that is no configuration.
+    """
+    workdir = Path(workdir)
+    if not (workdir / CONFIG_FILE).exists():
+        require(not (workdir / CHECKPOINTS).exists(), "workdir", str(workdir),
+                f"has {CHECKPOINTS}/ but no {CONFIG_FILE}, so it is not a run of this program; "
+                "choose another directory")  # fmt: skip
+        return
+    there = _settings_of(_read_config(workdir))
+    here = _settings_of(config)
+    steps = _whole_steps(workdir)
+    is_bare = bool(steps) and "optimizer" not in _items(workdir, max(steps))
+    differing = [
+        path
+        for path in sorted(there.keys() | here.keys())
+        if there.get(path) != here.get(path)
+        and not path.startswith(FREE_SETTINGS)
+        and (path.startswith("model.") or not is_bare)
+    ]
+    lines = "\n".join(f"  {path}: {there.get(path)!r} in the workdir, {here.get(path)!r} here" for path in differing)
+    require(not differing, "workdir", str(workdir),
+            f"holds a run of another configuration:\n{lines}\n"
+            "choose another workdir, or set these as they were")  # fmt: skip
+
+
+def open_params(workdir: str | Path, *, step: int | None = None, ema: bool = False) -> tuple[RunConfig, dict]:
+    """Reads the float32 parameters of a checkpoint onto the default device.
+
+    Args:
+      workdir: directory of a training run or of `save_params`.
+      step: optimizer step of the checkpoint; None: the newest.
+      ema: the moving average instead of the last weights.
+
+    Returns:
+      (configuration saved with the checkpoint, parameters).
+
+    Raises:
+      ValueError: no such checkpoint, no moving average in it, or a damaged one.
+    """
+    workdir = Path(workdir)
+    steps = _whole_steps(workdir)
+    require(bool(steps), "workdir", str(workdir), f"holds no whole checkpoint in {CHECKPOINTS}/; train first")
+    require(step is None or step in steps, "step", step, f"no such checkpoint in {workdir}; there are {sorted(steps)}")
+    step = max(steps) if step is None else step
+    item = "ema" if ema else "params"
+    require(item in _items(workdir, step), "ema", ema,
+            f"the checkpoint of step {step} in {workdir} has no moving average; train with train.ema_decay > 0")  # fmt: skip
+    config = _config_of(workdir, step)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    structs = jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=sharding), param_specs(config.model)
+    )
+    with _open_manager(workdir, config, read_only=True) as manager:
+        trees, _ = _restore(workdir, manager, step, {item: structs})
+    return config, trees[item]
+
+
+def save_params(workdir: str | Path, config: RunConfig, params: dict) -> None:
+    """Makes a workdir around float32 parameters from elsewhere; training in it starts from them at step 0.
+
+    Raises:
+      ValueError: the workdir exists and is not empty.
+      OSError: it could not be written.
+    """
+    workdir = Path(workdir)
+    is_free = not workdir.exists() or (workdir.is_dir() and not any(workdir.iterdir()))
+    require(is_free, "workdir", str(workdir), "exists and is not empty; choose another directory")
+    checkpoints = TrainingCheckpoints(workdir, config)
+    checkpoints.claim()
+    checkpoints.save(0, {"params": params}, progress={})
+    checkpoints.close()
+
+
+def _open_manager(workdir: Path, config: RunConfig, *, read_only: bool = False) -> ocp.CheckpointManager:
+    keep_every = config.train.checkpoint_keep_every_steps
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=None if read_only else config.train.checkpoints_to_keep,
+        keep_period=keep_every if keep_every and not read_only else None,
+        cleanup_tmp_directories=not read_only,
+        create=not read_only,
+        read_only=read_only,
+    )
+    return ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), options=options)
+
+
+def _restore(workdir: Path, manager: ocp.CheckpointManager, step: int, structs: dict) -> tuple[dict, dict]:
+    directory = workdir / CHECKPOINTS / str(step)
+    missing = (structs.keys() | {"run"}) - _items(workdir, step)
+    require(not missing, "checkpoint", str(directory), f"lacks {sorted(missing)}: not a checkpoint of this program, or "
+            "damaged; remove the directory to go on from the one before")  # fmt: skip
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in structs.items()}
+    try:
+        restored = manager.restore(step, args=ocp.args.Composite(**items, run=ocp.args.JsonRestore()))
+    except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
+        raise ValueError(
+            f"checkpoint={str(directory)!r}: cannot be read ({_reason(error)}); it is damaged or was made by something "
+            "else; remove the directory to go on from the one before"
+        ) from error
+    return {name: restored[name] for name in structs}, restored["run"]["progress"]
+
+
+def _whole_steps(workdir: Path) -> set[int]:
+    directory = workdir / CHECKPOINTS
+    if not directory.is_dir():
+        return set()
+    return {int(entry.name) for entry in directory.iterdir() if entry.name.isdigit() and entry.is_dir()}
+
+
+def _remove_unfinished(workdir: Path) -> None:
+    for entry in (workdir / CHECKPOINTS).glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(entry)
+
+
+def _items(workdir: Path, step: int) -> set[str]:
+    directory = workdir / CHECKPOINTS / str(step)
+    return {name for name in ("params", "ema", "optimizer", "run") if (directory / name).is_dir()}
+
+
+def _config_of(workdir: Path, step: int) -> RunConfig:
+    path = workdir / CHECKPOINTS / str(step) / "run" / "metadata"
+    try:
+        values = json.loads(path.read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint={str(path)!r}: holds no configuration ({error}); remove the directory "
+                         "to go on from the one before") from error  # fmt: skip
+    return from_json(json.dumps(values))
+
+
+def _read_config(workdir: Path) -> RunConfig:
+    path = workdir / CONFIG_FILE
+    try:
+        return from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _write_config(workdir: Path, config: RunConfig) -> None:
+    temporary = workdir / f".{CONFIG_FILE}.tmp"
+    temporary.write_text(to_json(config))
+    os.replace(temporary, workdir / CONFIG_FILE)
+
+
+def _settings_of(config: RunConfig) -> dict[str, Any]:
+    """Returns dotted path -> value, settings of an absent section left out."""
+    found = {}
+    for setting in settings():
+        section: Any = config
+        for name in setting.path.split("."):
+            section = getattr(section, name) if section is not None else None
+        if section is not None:
+            found[setting.path] = section
+    return found
+
+
+def _errno(error: Exception) -> int:
+    """Returns the operating system's number of a failed write; TensorStore puts it into the text of a ValueError."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    _, _, code = str(error).partition("os_error_code='")
+    return int(code.partition("'")[0]) if code else errno.EIO
+
+
+def _reason(error: Exception) -> str:
+    """Returns the operating system's words for a failed write, else the first line of the error."""
+    if isinstance(error, OSError) or "os_error_code" in str(error):
+        return os.strerror(_errno(error))
+    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

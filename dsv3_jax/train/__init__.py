@@ -1,0 +1,1 @@
+"""The recipe: schedules, loss, optimizer, step, moving average, loop, evaluation, metrics."""

@@ -1,0 +1,167 @@
+"""Cross-entropy over chunks of tokens, and the training loss made of it.
+
+The logits of a whole batch never exist: at V = 129,280 one sequence of 4096 tokens would take 2 GB in float32.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.config import RunConfig
+from dsv3_jax.model import forward
+
+
+class Losses(NamedTuple):
+    """The parts of the training loss, float32 scalars of one pass."""
+
+    total: jax.Array
+    main: jax.Array  # mean cross-entropy of the next token, nats
+    mtp: jax.Array  # mean over the D depths of the MTP cross-entropy, nats; 0 without MTP
+    balance: jax.Array  # sequence-wise balance loss without alpha
+
+
+def training_loss(config: RunConfig, params: dict, tokens_BT1: jax.Array, *, mtp_loss_weight: jax.Array,
+                  num_batch_shards: int) -> tuple[jax.Array, tuple[Losses, dict]]:  # fmt: skip
+    """Returns the loss to differentiate, and (its parts, tokens per expert).
+
+    total = main + λ/D · Σ_k L_k + α · balance (§2.1.2, §2.2 equations 24 and 25).
+
+    Args:
+      params: parameters in compute precision; lm_head may stay float32, and its gradient then is.
+      tokens_BT1: int32 [B, T+1]; the last T are the targets.
+      mtp_loss_weight: λ.
+      num_batch_shards: devices that B spreads over; `train.loss_chunk_tokens` counts tokens of one device.
+    """
+    inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
+    depth = config.model.num_nextn_predict_layers
+    output = forward(config.model, params, inputs_BT, next_tokens_BT=targets_BT if depth else None)
+    num_columns = chunk_columns(targets_BT.shape, num_batch_shards, config.train.loss_chunk_tokens)
+    cross_entropy = functools.partial(mean_cross_entropy, head_DV=params["lm_head"], num_columns=num_columns)
+
+    main = cross_entropy(output.h_BTD, targets_BT=targets_BT)
+    mtp = jnp.zeros((), jnp.float32)
+    for k, h_BTD in enumerate(output.mtp_h, start=1):
+        mtp += cross_entropy(h_BTD, targets_BT=targets_BT, offset=k) / depth
+    total = main + mtp_loss_weight * mtp + config.train.balance_loss_alpha * output.balance_loss
+    return total, (Losses(total, main, mtp, output.balance_loss), output.tokens_per_expert)
+
+
+def mean_cross_entropy(h_BTD: jax.Array, *, head_DV: jax.Array, targets_BT: jax.Array, num_columns: int,
+                       offset: int = 0) -> jax.Array:  # fmt: skip
+    """Returns -1/(B·T) · Σ log P(target), where position i predicts targets[i + offset].
+
+    The last `offset` positions predict nothing and add nothing; the divisor stays B·T, as in equation 24.
+    """
+    batch, length = targets_BT.shape
+    weights_T = jnp.where(jnp.arange(length) < length - offset, 1 / (batch * length), 0.0)
+    shifted_BT = jnp.roll(targets_BT, -offset, axis=1)
+    return weighted_cross_entropy(h_BTD, head_DV, shifted_BT, jnp.broadcast_to(weights_T, (batch, length)), num_columns)
+
+
+def chunk_columns(shape_BT: tuple[int, int], num_batch_shards: int, chunk_tokens: int) -> int:
+    """Returns how many positions of every sequence form a chunk, so that a device holds about chunk_tokens logits.
+
+    Chunks run along the sequence, so they never cut across devices; at least one position, at most all. Among the sizes
+    that need equally many chunks the smallest is taken.
+    """
+    batch, length = shape_BT
+    rows = -(-batch // num_batch_shards)
+    num_chunks = -(-length // min(length, max(1, chunk_tokens // rows)))
+    return -(-length // num_chunks)
+
+
+def token_cross_entropy(h_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, num_columns: int) -> jax.Array:
+    """Returns -log P(target) of every position, float32 [B, T] nats; logits exist chunk by chunk."""
+    head_DV = head_DV.astype(h_BTD.dtype)
+
+    def losses(_, chunk):
+        h_BtD, targets_Bt = chunk
+        return None, _target_losses(_logits(h_BtD, head_DV), targets_Bt)[0]
+
+    _, losses_nBt = jax.lax.scan(losses, None, _split((h_BTD, targets_BT), num_columns))
+    return _join(losses_nBt, targets_BT.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def weighted_cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, num_columns):
+    """Returns Σ weight · -log P(target) in nats, float32.
+
+    Under differentiation the gradients of h and of the head are computed with the loss, while a chunk's logits exist:
+    three matrix products in all, where recomputation in the backward pass takes four. Products are of h's dtype with
+    float32 accumulation; the head's gradient sums over chunks in float32.
+
+    Args:
+      h_BTD: compute dtype. head_DV: any float dtype, cast to h's. targets_BT: int32. weights_BT: float32, constant.
+      num_columns: positions of every sequence per chunk, see `chunk_columns`.
+    """
+    return jnp.sum(weights_BT * token_cross_entropy(h_BTD, head_DV, targets_BT, num_columns))
+
+
+def _weighted_cross_entropy_fwd(h_BTD, head_DV, targets_BT, weights_BT, num_columns):
+    compute_head_DV = head_DV.astype(h_BTD.dtype)
+
+    def chunk_gradients(carry, chunk):
+        loss, head_grad_DV = carry
+        h_BtD, targets_Bt, weights_Bt = chunk
+        logits_BtV = _logits(h_BtD, compute_head_DV)
+        losses_Bt, log_normalizer_Bt = _target_losses(logits_BtV, targets_Bt)
+        is_target_BtV = jax.lax.broadcasted_iota(jnp.int32, logits_BtV.shape, 2) == targets_Bt[..., None]
+        probability_BtV = jnp.exp(logits_BtV - log_normalizer_Bt[..., None])
+        logits_grad_BtV = ((probability_BtV - is_target_BtV) * weights_Bt[..., None]).astype(h_BtD.dtype)
+        precision = _precision(h_BtD.dtype)
+        h_grad_BtD = jnp.einsum("btv,dv->btd", logits_grad_BtV, compute_head_DV, precision=precision)
+        head_grad_DV += jnp.einsum(
+            "btd,btv->dv", h_BtD, logits_grad_BtV, precision=precision, preferred_element_type=jnp.float32
+        )
+        return (loss + jnp.sum(weights_Bt * losses_Bt), head_grad_DV), h_grad_BtD
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(head_DV.shape, jnp.float32))
+    (loss, head_grad_DV), h_grad_nBtD = jax.lax.scan(
+        chunk_gradients, start, _split((h_BTD, targets_BT, weights_BT), num_columns)
+    )
+    return loss, (_join(h_grad_nBtD, targets_BT.shape[1]), head_grad_DV.astype(head_DV.dtype))
+
+
+def _weighted_cross_entropy_bwd(num_columns, gradients, loss_grad):
+    h_grad_BTD, head_grad_DV = (
+        (gradient.astype(jnp.float32) * loss_grad).astype(gradient.dtype) for gradient in gradients
+    )
+    return h_grad_BTD, head_grad_DV, None, None
+
+
+weighted_cross_entropy.defvjp(_weighted_cross_entropy_fwd, _weighted_cross_entropy_bwd)
+
+
+def _logits(h_BtD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    precision = _precision(h_BtD.dtype)
+    return jnp.einsum("btd,dv->btv", h_BtD, head_DV, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _target_losses(logits_BtV: jax.Array, targets_Bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns -log P(target) and the log of the normalizer, both [B, t]."""
+    log_normalizer_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
+    target_logits_Bt = jnp.take_along_axis(logits_BtV, targets_Bt[..., None], axis=-1)[..., 0]
+    return log_normalizer_Bt - target_logits_Bt, log_normalizer_Bt
+
+
+def _split(arrays: tuple[jax.Array, ...], num_columns: int) -> tuple[jax.Array, ...]:
+    """Cuts [B, T, ...] into [n, B, t, ...] along the sequence, the last chunk filled up with zeros."""
+
+    def split(x):
+        num_chunks = -(-x.shape[1] // num_columns)
+        x = jnp.pad(x, [(0, 0), (0, num_chunks * num_columns - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, num_columns, *x.shape[2:]), 1, 0)
+
+    return tuple(split(x) for x in arrays)
+
+
+def _join(x_nBt: jax.Array, length: int) -> jax.Array:
+    """Undoes `_split`: [n, B, t, ...] to [B, T, ...]."""
+    x_Bnt = jnp.moveaxis(x_nBt, 0, 1)
+    return x_Bnt.reshape(x_Bnt.shape[0], -1, *x_Bnt.shape[3:])[:, :length]

@@ -1,0 +1,167 @@
+"""One optimizer step: gradients of the whole batch in passes, one update, one move of the correction biases."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dsv3_jax.config import RunConfig, require
+from dsv3_jax.model import cast_params, param_specs
+from dsv3_jax.sharding.mesh import num_batch_shards
+from dsv3_jax.sharding.rules import batch_sharding, param_sharding, replicated
+from dsv3_jax.train.loss import Losses, training_loss
+from dsv3_jax.train.optimizer import CORRECTION_BIAS, adamw, clip_factor, global_norm
+from dsv3_jax.train.schedule import StepSettings
+from dsv3_jax.train.state import TrainState, state_shardings
+
+LOSS_MEAN_DECAY = 0.98  # the running mean that a spike is measured against remembers about 50 steps
+
+TrainStep = Callable[[TrainState, jax.Array, StepSettings], tuple[TrainState, dict]]
+
+
+def make_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainStep:
+    """Builds `step(state, tokens_ABT, settings) -> (state, metrics)`, compiled once for all batch sizes of the ramp.
+
+    tokens_ABT is what `split_batch` returns. The state is donated. The caller enters `jax.set_mesh(mesh)`.
+
+    A step whose loss or gradient is not finite, or whose loss exceeds `train.spike_factor` times its running mean,
+    changes no parameter, moment or bias: it only counts as bad.
+
+    Metrics, on the device: loss (mean cross-entropy, nats), mtp_loss, balance_loss, total_loss, grad_norm (before
+    clipping), is_good, bad_steps, bad_steps_in_row, tokens_per_expert (int32, by stack, of the whole batch).
+
+    Raises:
+      ValueError: the sequences of a pass do not spread evenly over the devices.
+    """
+    rows, num_shards = config.train.rows_per_pass, num_batch_shards(mesh)
+    require(rows % num_shards == 0, "train.microbatch_size", rows,
+            f"must be a multiple of the {num_shards} devices that sequences spread over")  # fmt: skip
+    shardings = state_shardings(config, mesh)
+    compute_shardings = jax.tree.map(
+        lambda spec: param_sharding(mesh, spec.shape, spec.axes), param_specs(config.model)
+    )
+    loss = functools.partial(training_loss, config, num_batch_shards=num_shards)
+
+    def step(state: TrainState, tokens_ABT: jax.Array, scalars: dict) -> tuple[TrainState, dict]:
+        params = jax.lax.with_sharding_constraint(compute_params(config, state.params), compute_shardings)
+        gradient = jax.grad(functools.partial(loss, mtp_loss_weight=scalars["mtp_loss_weight"]), has_aux=True)
+        grads, losses, tokens_per_expert = _sum_over_passes(gradient, params, tokens_ABT, scalars["num_passes"])
+        grads = jax.lax.with_sharding_constraint(grads, shardings.params)
+        losses = jax.tree.map(lambda value: value / scalars["num_passes"], losses)
+        return update_state(config, state, grads, losses, tokens_per_expert, scalars)
+
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh, leading_dims=1), replicated(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+    )
+
+    def call(state: TrainState, tokens_ABT: np.ndarray, settings: StepSettings) -> tuple[TrainState, dict]:
+        return jitted(state, tokens_ABT, as_scalars(config, settings))
+
+    return call
+
+
+def as_scalars(config: RunConfig, settings: StepSettings) -> dict:
+    """Returns the settings of a step as the arrays that the compiled step takes."""
+    scalars = {name: np.float32(value) for name, value in dataclasses.asdict(settings).items() if name != "batch_size"}
+    return scalars | {"num_passes": np.int32(settings.batch_size // config.train.rows_per_pass)}
+
+
+def split_batch(config: RunConfig, tokens_BT: np.ndarray) -> np.ndarray:
+    """Arranges a batch as passes: int32 [A, B/passes, T+1], A those of the largest batch, unused ones zero."""
+    rows = config.train.rows_per_pass
+    tokens_ABT = tokens_BT.reshape(-1, rows, tokens_BT.shape[1])
+    unused = config.train.max_passes - len(tokens_ABT)
+    return np.pad(tokens_ABT, ((0, unused), (0, 0), (0, 0)))
+
+
+def compute_params(config: RunConfig, params: dict) -> dict:
+    """Casts the master weights for a step, but embedding and head: cast where used, their gradients sum in float32."""
+    kept = {name: params[name] for name in ("embed_tokens", "lm_head")}
+    return cast_params(config.model, params) | kept
+
+
+def update_state(config: RunConfig, state: TrainState, grads: dict, losses: Losses, tokens_per_expert: dict,
+                 scalars: dict) -> tuple[TrainState, dict]:  # fmt: skip
+    """Applies the summed gradients of a batch, unless the step is bad; returns the state and the step's metrics."""
+    grad_norm = global_norm(grads) / scalars["num_passes"]
+    is_good = jnp.isfinite(losses.total) & jnp.isfinite(grad_norm) & ~_is_spike(config, state, losses.main)
+
+    grad_scale = clip_factor(grad_norm, clip_norm=config.train.clip_norm) / scalars["num_passes"]
+    updates, optimizer = adamw(config.train).update(
+        grads, state.optimizer, state.params, learning_rate=scalars["learning_rate"], grad_scale=grad_scale
+    )
+    params = optax.apply_updates(state.params, updates)
+    params = move_correction_biases(params, tokens_per_expert, speed=scalars["bias_update_speed"])
+    memory = jnp.where(state.optimizer.count == 0, 0.0, LOSS_MEAN_DECAY)
+    mean_loss = memory * state.mean_loss + (1 - memory) * losses.main
+
+    changed = (params, optimizer, mean_loss)
+    unchanged = (state.params, state.optimizer, state.mean_loss)
+    params, optimizer, mean_loss = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), changed, unchanged)
+    bad_steps = state.bad_steps + ~is_good
+    bad_steps_in_row = jnp.where(is_good, 0, state.bad_steps_in_row + 1)
+    metrics = {
+        "loss": losses.main, "mtp_loss": losses.mtp, "balance_loss": losses.balance, "total_loss": losses.total,
+        "grad_norm": grad_norm, "is_good": is_good, "bad_steps": bad_steps, "bad_steps_in_row": bad_steps_in_row,
+        "tokens_per_expert": tokens_per_expert,
+    }  # fmt: skip
+    return TrainState(params, optimizer, state.step + 1, bad_steps, bad_steps_in_row, mean_loss), metrics
+
+
+def move_correction_biases(params: dict, tokens_per_expert: dict, *, speed: jax.Array) -> dict:
+    """Returns the parameters with every router's bias moved by speed · sign(mean load - load) (§2.1.2)."""
+    for stack, tokens_LE in tokens_per_expert.items():
+        path = (stack, "block", "mlp", CORRECTION_BIAS) if stack == "mtp_layers" else (stack, "mlp", CORRECTION_BIAS)
+        params = _replace(params, path, lambda bias_LE, load=tokens_LE: bias_LE + speed * _lack_sign(load))
+    return params
+
+
+def _sum_over_passes(gradient: Callable, params: dict, tokens_ABT: jax.Array, num_passes: jax.Array) -> tuple:
+    """Sums (gradients, losses, tokens per expert) over the first num_passes passes, gradients in float32.
+
+    The number of passes is data, so a growing batch compiles nothing. Where one pass is all, nothing is summed.
+    """
+
+    def one_pass(tokens_BT):
+        grads, (losses, tokens_per_expert) = gradient(params, tokens_BT)
+        return grads, losses, tokens_per_expert
+
+    if tokens_ABT.shape[0] == 1:
+        return one_pass(tokens_ABT[0])
+
+    def add_pass(index, total):
+        return jax.tree.map(lambda sum_, value: sum_ + value.astype(sum_.dtype), total, one_pass(tokens_ABT[index]))
+
+    def zeros(value):
+        dtype = jnp.float32 if jnp.issubdtype(value.dtype, jnp.floating) else value.dtype
+        return jnp.zeros(value.shape, dtype)
+
+    start = jax.tree.map(zeros, jax.eval_shape(one_pass, tokens_ABT[0]))
+    return jax.lax.fori_loop(0, num_passes, add_pass, start)
+
+
+def _is_spike(config: RunConfig, state: TrainState, loss: jax.Array) -> jax.Array:
+    if not config.train.spike_factor:
+        return jnp.zeros((), bool)
+    return (state.optimizer.count > 0) & (loss > config.train.spike_factor * state.mean_loss)
+
+
+def _lack_sign(tokens_LE: jax.Array) -> jax.Array:
+    """Returns sign(mean - tokens) per layer as float32, in exact integer arithmetic."""
+    total_L1 = jnp.sum(tokens_LE, axis=-1, keepdims=True)
+    quotient_L1, remainder_L1 = total_L1 // tokens_LE.shape[-1], total_L1 % tokens_LE.shape[-1]
+    at_quotient = jnp.where(remainder_L1 > 0, 1, 0)
+    return jnp.where(tokens_LE == quotient_L1, at_quotient, jnp.sign(quotient_L1 - tokens_LE)).astype(jnp.float32)
+
+
+def _replace(tree: dict, path: tuple[str, ...], change: Callable) -> dict:
+    """Returns the tree with the leaf at the path changed."""
+    name, *rest = path
+    return tree | {name: _replace(tree[name], tuple(rest), change) if rest else change(tree[name])}
