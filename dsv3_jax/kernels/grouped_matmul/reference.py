@@ -1,6 +1,6 @@
 """Grouped matmul in plain JAX: the oracle of the kernels and the CPU path.
 
-Walks the live blocks of `alignment` rows, one dense product each, so the work follows the tokens and never the number of
+Walks the live blocks of `alignment` rows, one dense product each, so the work follows the tokens, never the number of
 groups (`jax.lax.ragged_dot` multiplies every row with every group on CPU and GPU).
 """
 

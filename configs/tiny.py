@@ -1,0 +1,67 @@
+"""A DeepSeek-V3 in miniature that learns real text on a laptop: every part of the model at a hundred-thousandth of its size.
+
+Command:   python launch/train.py --config=configs/tiny.py --config.data.corpus=runs/corpus --workdir=runs/tiny
+Hardware:  2 CPU cores.
+Cost:      about 5 minutes.
+Result:    held-out bits per byte fall from about 3.5 to about 2.
+"""
+
+from dsv3_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+
+SEQUENCE_LENGTH = 256
+BATCH_SIZE = 16
+NUM_STEPS = 400
+TOKENS_PER_STEP = SEQUENCE_LENGTH * BATCH_SIZE
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(
+            vocab_size=4096,
+            hidden_size=192,
+            intermediate_size=512,
+            moe_intermediate_size=128,
+            num_hidden_layers=4,
+            first_k_dense_replace=1,
+            num_nextn_predict_layers=1,
+            num_attention_heads=6,
+            q_lora_rank=96,
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+            n_routed_experts=16,
+            n_shared_experts=1,
+            num_experts_per_tok=4,
+            n_group=4,
+            topk_group=2,
+            max_position_embeddings=2048,
+            precision="fp32",
+        ),
+        mesh=MeshConfig(),
+        data=DataConfig(sequence_length=SEQUENCE_LENGTH),
+        train=TrainConfig(
+            num_steps=NUM_STEPS,
+            batch_size=BATCH_SIZE,
+            batch_size_start=BATCH_SIZE // 2,
+            batch_ramp_tokens=20 * TOKENS_PER_STEP,
+            microbatch_size=BATCH_SIZE // 2,
+            learning_rate=3e-3,
+            learning_rate_decayed=3e-4,
+            learning_rate_last=1e-4,
+            warmup_steps=40,
+            constant_tokens=200 * TOKENS_PER_STEP,
+            decay_tokens=150 * TOKENS_PER_STEP,
+            decayed_tokens=30 * TOKENS_PER_STEP,
+            last_tokens=20 * TOKENS_PER_STEP,
+            init_std=0.02,
+            bias_update_speed=0.003,
+            bias_update_tokens=390 * TOKENS_PER_STEP,
+            mtp_loss_weight_tokens=300 * TOKENS_PER_STEP,
+            ema_decay=0.98,
+            eval_every_steps=100,
+            eval_sequences=64,
+            checkpoint_every_steps=100,
+            peak_tflops=0.1,
+        ),
+    )

@@ -1,0 +1,127 @@
+"""The command line of a run: `--config=configs/tiny.py --config.train.num_steps=100`.
+
+Every setting is an absl flag of its own, so that `--help` lists them with their units, values are typed, and a mistyped
+name is refused with a suggestion.
+"""
+
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from dsv3_jax.config import RopeScaling, RunConfig, Setting, override, settings
+
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def define() -> None:
+    """Registers `--config` and one flag per setting. Call once, before absl parses."""
+    flags.DEFINE_string("config", None, "Python file whose get_config() returns the run's configuration")
+    flags.DEFINE_enum("config.model.rope_scaling", None, ["none", "yarn"], "YaRN on with its defaults, or off")
+    for setting in settings():
+        flags.DEFINE(_SettingParser(setting), f"config.{setting.path}", None, _help(setting))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the command line and runs main; what a user can mend ends with its message alone and exit code 1.
+
+    `--verbosity=1` shows the traceback as well.
+    """
+
+    def run_main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}; settings are written --config.name=value")
+        try:
+            main()
+        except (ValueError, OSError) as error:
+            logging.debug("stopped by", exc_info=error)
+            sys.exit(f"error: {error}")
+
+    app.run(run_main)
+
+
+def resolve() -> RunConfig:
+    """Returns the configuration of `--config` with the command line's settings, validated.
+
+    Raises:
+      ValueError: no or an unusable config file, or a setting that validation refuses.
+    """
+    path = flags.FLAGS["config"].value
+    if path is None:
+        raise ValueError("--config is missing: name a file such as configs/tiny.py")
+    return override(load(path), overrides())
+
+
+def overrides() -> dict[str, object]:
+    """Returns the settings given on the command line, dotted path -> value."""
+    given = {}
+    scaling = flags.FLAGS["config.model.rope_scaling"].value
+    if scaling is not None:
+        given["model.rope_scaling"] = RopeScaling() if scaling == "yarn" else None
+    for setting in settings():
+        flag = flags.FLAGS[f"config.{setting.path}"]
+        if flag.present:
+            given[setting.path] = flag.value
+    return given
+
+
+def load(path: str) -> RunConfig:
+    """Runs a config file's get_config().
+
+    Raises:
+      ValueError: the file is missing, does not run, or returns something else.
+    """
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"--config={path}: no such file")
+    spec = importlib.util.spec_from_file_location("run_config", path)
+    if spec is None:
+        raise ValueError(f"--config={path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"--config={path}: defines no get_config()")
+    config = module.get_config()
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"--config={path}: get_config() returns {type(config).__name__}, not a RunConfig")
+    return config
+
+
+class _SettingParser(flags.ArgumentParser):
+    """Parses one setting's text into its type."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.syntactic_help = ""
+
+    def parse(self, argument):
+        if not isinstance(argument, str):
+            return argument
+        if self.setting.is_optional and argument.lower() == "none":
+            return None
+        if self.setting.type is bool:
+            if argument.lower() not in _BOOLEANS:
+                raise ValueError(f"{argument!r} is neither true nor false")
+            return _BOOLEANS[argument.lower()]
+        if self.setting.type is int:
+            return _parse_int(argument)
+        return self.setting.type(argument)
+
+    def flag_type(self) -> str:
+        return self.setting.type.__name__
+
+
+def _parse_int(argument: str) -> int:
+    """Reads an integer; 14.8e12 is one too."""
+    try:
+        return int(argument.replace("_", ""))
+    except ValueError:
+        number = float(argument)
+        if number != int(number):
+            raise ValueError(f"{argument!r} is not a whole number") from None
+        return int(number)
+
+
+def _help(setting: Setting) -> str:
+    return f"{setting.help} (default of a config file that does not say: {setting.default})"
