@@ -1,0 +1,66 @@
+"""Prepares a corpus: text files -> tokenizer, token files, manifest.
+
+    python launch/prepare_data.py --output=corpora/python --max_bytes=10000000
+    python launch/prepare_data.py --output=corpora/books --source='books/**/*.txt' --source=notes.md --vocab_size=32768
+
+Without --source the text is what every machine has: the Python standard library and the installed packages.
+Stopped at any moment, it leaves no corpus that is not whole. Run again on a finished corpus, it does nothing.
+"""
+
+from absl import app, flags
+from rich import console as rich_console
+from rich import progress as rich_progress
+
+from dsv3_jax.data import corpus, open_corpus, prepare
+
+OUTPUT = flags.DEFINE_string("output", None, "directory of the prepared corpus", required=True)
+SOURCE = flags.DEFINE_multi_string(
+    "source", [corpus.INSTALLED], f"file, directory ({' '.join(corpus.TEXT_SUFFIXES)} in it), glob, or "
+    f"{corpus.INSTALLED}: the standard library and installed packages; may be repeated")  # fmt: skip
+MAX_BYTES = flags.DEFINE_integer("max_bytes", 0, "UTF-8 bytes of text in all; 0: no limit")
+MAX_DOCUMENT_BYTES = flags.DEFINE_integer("max_document_bytes", 1_000_000, "larger files are left out, bytes")
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "tokens of the tokenizer to train")
+TOKENIZER = flags.DEFINE_string("tokenizer", "", "directory of a tokenizer to use instead of training one")
+HELDOUT_FRACTION = flags.DEFINE_float("heldout_fraction", 0.02, "share of the documents kept from training")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}; sources are given with --source")
+    preparation = prepare.Preparation(
+        sources=tuple(SOURCE.value),
+        max_bytes=MAX_BYTES.value,
+        max_document_bytes=MAX_DOCUMENT_BYTES.value,
+        vocab_size=VOCAB_SIZE.value,
+        tokenizer=TOKENIZER.value,
+        heldout_fraction=HELDOUT_FRACTION.value,
+    )
+    console = rich_console.Console()
+    columns = (
+        rich_progress.TextColumn("{task.description:<24}"),
+        rich_progress.BarColumn(),
+        rich_progress.DownloadColumn(),
+        rich_progress.TransferSpeedColumn(),
+        rich_progress.TimeElapsedColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console) as progress:
+        tasks = {}
+
+        def show(stage: str, done_bytes: int, total_bytes: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage)
+            progress.update(tasks[stage], completed=done_bytes, total=total_bytes)
+
+        is_new = prepare.prepare(preparation, OUTPUT.value, on_progress=show)
+    prepared = open_corpus(OUTPUT.value)
+    if not is_new:
+        console.print(f"{OUTPUT.value} is already prepared with these arguments; nothing to do.")
+    for split, counts in prepared.manifest["splits"].items():
+        console.print(f"{split:8} {counts['documents']:>8,} documents {counts['utf8_bytes']:>14,} bytes "
+                      f"{counts['tokens']:>13,} tokens", highlight=False)  # fmt: skip
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in prepared.manifest["skipped"].items() if count)
+    console.print(f"vocabulary {prepared.vocab_size:,}; files left out: {skipped or 'none'}", highlight=False)
+
+
+if __name__ == "__main__":
+    app.run(main)
