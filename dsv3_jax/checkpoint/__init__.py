@@ -1,0 +1,1 @@
+"""What survives a process: training checkpoints (Orbax) and Hugging Face directories (safetensors)."""
