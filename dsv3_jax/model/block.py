@@ -1,7 +1,5 @@
 """One transformer block, and a stack of them scanned: the compiled program does not grow with depth."""
 
-import functools
-
 import jax
 from flax import nnx
 
@@ -86,5 +84,5 @@ def remat(layer_function, policy: str):
     names = SAVED_NAMES[policy]
     if names is None:
         return layer_function
-    save_names = jax.checkpoint_policies.save_only_these_names(*names)
-    return functools.partial(jax.checkpoint, policy=save_names, prevent_cse=False)(layer_function)
+    is_saved = jax.checkpoint_policies.save_only_these_names(*names)
+    return jax.checkpoint(layer_function, policy=is_saved, prevent_cse=False)

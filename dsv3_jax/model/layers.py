@@ -57,6 +57,11 @@ def exact_if_float32(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
+# Saves only the inputs of an elementwise function for its backward pass, which recomputes the rest inside its own loop.
+keeping_only_inputs = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@functools.partial(keeping_only_inputs, static_argnums=(2,))
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Normalises the last dimension by its root mean square, in float32; returns x's dtype."""
     x_float = x.astype(jnp.float32)
@@ -64,6 +69,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (x_float * inverse_rms * weight).astype(x.dtype)
 
 
+@keeping_only_inputs
 def swiglu(gate_up: jax.Array) -> jax.Array:
     """Returns silu(gate) · up of [..., 2, F], computed in float32, in the input's dtype."""
     gate, up = gate_up[..., 0, :].astype(jnp.float32), gate_up[..., 1, :].astype(jnp.float32)

@@ -1,5 +1,6 @@
 """The mixture of experts (§2.1.2): rows sorted by expert, one grouped product per projection, no token dropped."""
 
+import functools
 import typing
 
 import jax
@@ -79,18 +80,45 @@ class Experts(nnx.Module):
 
 
 def _serve(x_BTD, experts_BTK, weights_BTK, gate_up_ED2F, down_EFD) -> jax.Array:
-    num_experts, hidden_size, _, width = gate_up_ED2F.shape
+    num_experts, hidden_size = gate_up_ED2F.shape[:2]
     top_K = experts_BTK.shape[-1]
     x_TD, weights_TK = x_BTD.reshape(-1, hidden_size), weights_BTK.reshape(-1, top_K)
     alignment = kernel.row_alignment(weights_TK.size, num_experts)
     plan = plan_rows(experts_BTK.reshape(-1, top_K), num_experts, alignment)
     x_MD = gather_rows(x_TD, plan)
-    gate_up_MN = kernel.grouped_matmul(
-        x_MD, gate_up_ED2F.reshape(num_experts, hidden_size, 2 * width), plan.rows_per_expert_E, alignment=alignment
-    )
-    hidden_MF = swiglu(checkpoint_name(gate_up_MN, "gate_up").reshape(-1, 2, width))
-    y_MD = kernel.grouped_matmul(hidden_MF, down_EFD, plan.rows_per_expert_E, alignment=alignment)
+    gate_up_M2F = grouped_linear(x_MD, gate_up_ED2F, plan.rows_per_expert_E, alignment)
+    hidden_MF = swiglu(checkpoint_name(gate_up_M2F, "gate_up"))
+    y_MD = grouped_linear(hidden_MF, down_EFD, plan.rows_per_expert_E, alignment)
     return combine_rows(checkpoint_name(y_MD, "expert_out"), weights_TK, plan).reshape(x_BTD.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_linear(x_MK: jax.Array, weight: jax.Array, rows_per_expert_E: jax.Array, alignment: int) -> jax.Array:
+    """Multiplies each expert's rows with its weight [E, K, *N], as `layers.linear` does; returns [M, *N].
+
+    What the backward pass keeps of the weight is the parameter itself, never a rounded or reshaped copy.
+    """
+    weight_EKN = weight.reshape(*weight.shape[:2], -1)
+    y_MN = kernel.grouped_matmul(x_MK, weight_EKN, rows_per_expert_E, alignment=alignment)
+    return y_MN.reshape(-1, *weight.shape[2:])
+
+
+def _grouped_linear_forward(x_MK, weight, rows_per_expert_E, alignment):
+    return grouped_linear(x_MK, weight, rows_per_expert_E, alignment), (x_MK, weight, rows_per_expert_E)
+
+
+def _grouped_linear_backward(alignment, residuals, dy):
+    x_MK, weight, rows_per_expert_E = residuals
+    weight_EKN = weight.reshape(*weight.shape[:2], -1)
+
+    def multiply(x_MK, weight_EKN):
+        return kernel.grouped_matmul(x_MK, weight_EKN, rows_per_expert_E, alignment=alignment)
+
+    dx_MK, dweight_EKN = jax.vjp(multiply, x_MK, weight_EKN)[1](dy.reshape(len(x_MK), -1))
+    return dx_MK, dweight_EKN.reshape(weight.shape), None
+
+
+grouped_linear.defvjp(_grouped_linear_forward, _grouped_linear_backward)
 
 
 class RowPlan(typing.NamedTuple):
