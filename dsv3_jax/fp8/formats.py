@@ -35,7 +35,8 @@ def quantize_blocks(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         strip = weight[block * BLOCK : (block + 1) * BLOCK].astype(np.float32)
         amax = np.maximum.reduceat(np.abs(strip).max(axis=0), starts)
         scales[block] = np.maximum(amax, MIN_AMAX) / E4M3_MAX
-        strip /= _per_column(scales[block], columns)
+        with np.errstate(invalid="ignore"):  # inf / inf: the caller sees the scale
+            strip /= _per_column(scales[block], columns)
         codes[block * BLOCK : (block + 1) * BLOCK] = np.clip(strip, -E4M3_MAX, E4M3_MAX).astype(E4M3)
     return codes, scales
 
