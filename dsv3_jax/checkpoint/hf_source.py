@@ -58,11 +58,11 @@ def _list_sharded(directory: pathlib.Path) -> dict[str, Entry]:
         by_file = {file: {name for name in weight_map if weight_map[name] == file} for file in set(weight_map.values())}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not a safetensors index ({error!r}); fetch it again") from error
+    absent = [file for file in by_file if not (directory / file).is_file()]
+    _require_none(index, absent, "named here but does not exist; fetch it")
     entries = {}
     for file, names in sorted(by_file.items()):
         path = directory / file
-        if not path.is_file():
-            raise ValueError(f"{index}: names {file}, which does not exist; fetch it")
         found = read_header(path)
         _require_none(path, names - found.keys(), f"missing although {INDEX} names it here; fetch both again")
         _require_none(path, found.keys() - names, f"not in {INDEX}; fetch both again")

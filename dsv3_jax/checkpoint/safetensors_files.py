@@ -62,7 +62,7 @@ def read_header(file: pathlib.Path) -> dict[str, Entry]:
 def _entry(file: pathlib.Path, fields: dict[str, Any], data_start: int) -> tuple[Entry, int]:
     begin, end = fields["data_offsets"]
     entry = Entry(file, fields["dtype"], tuple(fields["shape"]), data_start + begin)
-    if entry.dtype in DTYPES and end - begin != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
+    if begin < 0 or (entry.dtype in DTYPES and end - begin != num_bytes(entry.dtype, entry.shape)):
         raise ValueError(f"{entry.dtype}{list(entry.shape)} does not fill bytes {begin} to {end}")
     return entry, data_start + end
 
