@@ -24,8 +24,8 @@ from dsv3_jax.model import param_specs
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 
-# A run stays the same run when these change: where and how long it runs, what it shows, when it stops itself. Everything
-# else decides which numbers are trained.
+# A run stays the same run when these change: where and how long it runs, what it shows, when it stops itself.
+# Everything else decides which numbers are trained.
 FREE_SETTINGS = (
     "mesh.", "data.corpus", "data.prefetch_windows", "model.remat_policy", "train.num_steps", "train.microbatch_size",
     "train.loss_chunk_tokens", "train.spike_factor", "train.max_bad_steps", "train.log_every_steps",
@@ -35,7 +35,7 @@ FREE_SETTINGS = (
 
 
 class TrainingCheckpoints:
-    """The checkpoints of one workdir, opened for one configuration.
+    """The checkpoints of one workdir, opened for one configuration, which is written into it.
 
     Raises:
       ValueError: the workdir belongs to another configuration, or holds something else; nothing was changed.
@@ -45,19 +45,9 @@ class TrainingCheckpoints:
         self._workdir = Path(workdir)
         require_same_run(self._workdir, config)
         self._config = config
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        _write_config(self._workdir, config)
         self._manager = _open_manager(self._workdir, config)
-
-    def claim(self) -> None:
-        """Writes the configuration into the workdir, atomically."""
-        _write_config(self._workdir, self._config)
-
-    def latest_step(self) -> int | None:
-        """Returns the step of the newest whole checkpoint, None without any."""
-        return self._manager.latest_step()
-
-    def items(self, step: int) -> set[str]:
-        """Returns which of params, ema, optimizer and run the checkpoint holds."""
-        return _items(self._workdir, step)
 
     def save(self, step: int, trees: dict[str, Any], *, progress: dict) -> None:
         """Starts writing a checkpoint; returns once the arrays are copied, so that they may be donated.
@@ -74,14 +64,14 @@ class TrainingCheckpoints:
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         self._guarded(lambda: self._manager.save(step, args=ocp.args.Composite(**items, run=ocp.args.JsonSave(run))))
 
-    def restore(self, step: int, structs: dict[str, Any]) -> tuple[dict[str, Any], dict]:
+    def restore(self, step: int, structs: dict[str, Any]) -> dict[str, Any]:
         """Reads items of a checkpoint straight into the given shardings, on any number of devices.
 
         Args:
           structs: item name -> tree of `jax.ShapeDtypeStruct` with shardings.
 
         Returns:
-          (item name -> tree of arrays, progress as saved).
+          Item name -> tree of arrays.
 
         Raises:
           ValueError: the checkpoint is damaged or made by something else.
@@ -108,13 +98,39 @@ class TrainingCheckpoints:
             if "os_error_code" not in str(error) and not isinstance(error, OSError):
                 raise
             _remove_unfinished(self._workdir)
-            left = max(_whole_steps(self._workdir), default=None)
+            left = newest_step(self._workdir)
             raise OSError(
                 _errno(error),
                 f"a checkpoint could not be written under {self._workdir / CHECKPOINTS}: {_reason(error)}. "
                 + (f"The checkpoint of step {left} is whole" if left is not None else "No checkpoint exists")
                 + "; make room and start the same command again",
             ) from error
+
+
+def newest_step(workdir: str | Path) -> int | None:
+    """Returns the step of the newest whole checkpoint in a workdir, None without any."""
+    return max(_whole_steps(Path(workdir)), default=None)
+
+
+def saved_items(workdir: str | Path, step: int) -> set[str]:
+    """Returns which of params, ema, optimizer and run a checkpoint holds."""
+    directory = Path(workdir) / CHECKPOINTS / str(step)
+    return {name for name in ("params", "ema", "optimizer", "run") if (directory / name).is_dir()}
+
+
+def read_run(workdir: str | Path, step: int) -> tuple[RunConfig, dict]:
+    """Reads the configuration and the progress that a checkpoint was saved with.
+
+    Raises:
+      ValueError: the checkpoint is damaged or made by something else.
+    """
+    path = Path(workdir) / CHECKPOINTS / str(step) / "run" / "metadata"
+    try:
+        run = json.loads(path.read_text())
+        config, progress = json.dumps(run["config"]), run["progress"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(_damaged(path.parent.parent, f"{path.name} of run: {error}")) from error
+    return from_json(config), progress
 
 
 def require_same_run(workdir: str | Path, config: RunConfig) -> None:
@@ -133,8 +149,8 @@ def require_same_run(workdir: str | Path, config: RunConfig) -> None:
         return
     there = _settings_of(_read_config(workdir))
     here = _settings_of(config)
-    steps = _whole_steps(workdir)
-    is_bare = bool(steps) and "optimizer" not in _items(workdir, max(steps))
+    step = newest_step(workdir)
+    is_bare = step is not None and "optimizer" not in saved_items(workdir, step)
     differing = [
         path
         for path in sorted(there.keys() | here.keys())
@@ -168,16 +184,16 @@ def open_params(workdir: str | Path, *, step: int | None = None, ema: bool = Fal
     require(step is None or step in steps, "step", step, f"no such checkpoint in {workdir}; there are {sorted(steps)}")
     step = max(steps) if step is None else step
     item = "ema" if ema else "params"
-    require(item in _items(workdir, step), "ema", ema,
-            f"the checkpoint of step {step} in {workdir} has no moving average; train with train.ema_decay > 0")  # fmt: skip
-    config = _config_of(workdir, step)
+    require(item in saved_items(workdir, step), "ema", ema,
+            f"the checkpoint of step {step} in {workdir} has no moving average; "
+            "train with train.ema_decay > 0")  # fmt: skip
+    config, _ = read_run(workdir, step)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     structs = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=sharding), param_specs(config.model)
     )
     with _open_manager(workdir, config, read_only=True) as manager:
-        trees, _ = _restore(workdir, manager, step, {item: structs})
-    return config, trees[item]
+        return config, _restore(workdir, manager, step, {item: structs})[item]
 
 
 def save_params(workdir: str | Path, config: RunConfig, params: dict) -> None:
@@ -191,7 +207,6 @@ def save_params(workdir: str | Path, config: RunConfig, params: dict) -> None:
     is_free = not workdir.exists() or (workdir.is_dir() and not any(workdir.iterdir()))
     require(is_free, "workdir", str(workdir), "exists and is not empty; choose another directory")
     checkpoints = TrainingCheckpoints(workdir, config)
-    checkpoints.claim()
     checkpoints.save(0, {"params": params}, progress={})
     checkpoints.close()
 
@@ -208,20 +223,24 @@ def _open_manager(workdir: Path, config: RunConfig, *, read_only: bool = False) 
     return ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), options=options)
 
 
-def _restore(workdir: Path, manager: ocp.CheckpointManager, step: int, structs: dict) -> tuple[dict, dict]:
+def _restore(workdir: Path, manager: ocp.CheckpointManager, step: int, structs: dict) -> dict:
     directory = workdir / CHECKPOINTS / str(step)
-    missing = (structs.keys() | {"run"}) - _items(workdir, step)
-    require(not missing, "checkpoint", str(directory), f"lacks {sorted(missing)}: not a checkpoint of this program, or "
-            "damaged; remove the directory to go on from the one before")  # fmt: skip
+    missing = structs.keys() - saved_items(workdir, step)
+    if missing:
+        raise ValueError(_damaged(directory, f"no {', '.join(sorted(missing))} in it"))
     items = {name: ocp.args.StandardRestore(tree) for name, tree in structs.items()}
     try:
-        restored = manager.restore(step, args=ocp.args.Composite(**items, run=ocp.args.JsonRestore()))
+        restored = manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-        raise ValueError(
-            f"checkpoint={str(directory)!r}: cannot be read ({_reason(error)}); it is damaged or was made by something "
-            "else; remove the directory to go on from the one before"
-        ) from error
-    return {name: restored[name] for name in structs}, restored["run"]["progress"]
+        raise ValueError(_damaged(directory, _reason(error))) from error
+    return {name: restored[name] for name in structs}
+
+
+def _damaged(directory: Path, reason: str) -> str:
+    return (
+        f"checkpoint={str(directory)!r}: cannot be read ({reason}); it is damaged or not of this program; "
+        "remove the directory to go on from the checkpoint before"
+    )
 
 
 def _whole_steps(workdir: Path) -> set[int]:
@@ -234,21 +253,6 @@ def _whole_steps(workdir: Path) -> set[int]:
 def _remove_unfinished(workdir: Path) -> None:
     for entry in (workdir / CHECKPOINTS).glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(entry)
-
-
-def _items(workdir: Path, step: int) -> set[str]:
-    directory = workdir / CHECKPOINTS / str(step)
-    return {name for name in ("params", "ema", "optimizer", "run") if (directory / name).is_dir()}
-
-
-def _config_of(workdir: Path, step: int) -> RunConfig:
-    path = workdir / CHECKPOINTS / str(step) / "run" / "metadata"
-    try:
-        values = json.loads(path.read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint={str(path)!r}: holds no configuration ({error}); remove the directory "
-                         "to go on from the one before") from error  # fmt: skip
-    return from_json(json.dumps(values))
 
 
 def _read_config(workdir: Path) -> RunConfig:

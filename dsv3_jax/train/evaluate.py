@@ -1,0 +1,110 @@
+"""Bits per byte and perplexity: of the held-out split while training, and of any text."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import numpy as np
+
+from dsv3_jax.config import ModelConfig, RunConfig, require
+from dsv3_jax.data import EvaluationBatch, Tokenizer
+from dsv3_jax.model import cast_params, forward
+from dsv3_jax.sharding.mesh import num_batch_shards
+from dsv3_jax.sharding.rules import batch_sharding
+from dsv3_jax.train.loss import chunk_columns, token_cross_entropy
+
+ScoreTokens = Callable[[dict, np.ndarray], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well a model predicts a text."""
+
+    num_bytes: int  # UTF-8
+    num_tokens: int  # predicted, the closing eos of a document included
+    nats: float  # -log P of all of them
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.num_bytes
+
+    @property
+    def perplexity(self) -> float:
+        """Per token."""
+        return math.exp(self.nats / self.num_tokens)
+
+
+def make_score_tokens(config: ModelConfig, mesh: jax.sharding.Mesh, *, chunk_tokens: int) -> ScoreTokens:
+    """Builds `score(params, tokens_BT1) -> float32 [B, T]`: -log P in nats of every token after the first.
+
+    params may be float32 or cast. The caller enters `jax.set_mesh(mesh)`.
+    """
+
+    def score(params: dict, tokens_BT1: jax.Array) -> jax.Array:
+        params = cast_params(config, params)
+        targets_BT = tokens_BT1[:, 1:]
+        h_BTD = forward(config, params, tokens_BT1[:, :-1]).h_BTD
+        num_columns = chunk_columns(targets_BT.shape, num_batch_shards(mesh), chunk_tokens)
+        return token_cross_entropy(h_BTD, params["lm_head"], targets_BT, num_columns)
+
+    return jax.jit(score, in_shardings=(None, batch_sharding(mesh)))
+
+
+def score_batches(score_tokens: ScoreTokens, params: dict, batches: Iterable[EvaluationBatch]) -> Score:
+    """Scores all batches; sums in float64."""
+    nats, num_tokens, num_bytes = 0.0, 0, 0
+    for batch in batches:
+        losses_BT = np.asarray(score_tokens(params, batch.tokens_BT), np.float64)
+        nats += float(np.sum(losses_BT * batch.weights_BT))
+        num_tokens += int(batch.weights_BT.sum())
+        num_bytes += batch.num_bytes
+    return Score(num_bytes, num_tokens, nats)
+
+
+def score_text(score_tokens: ScoreTokens, params: dict, text: str, *, tokenizer: Tokenizer, sequence_length: int,
+               batch_size: int) -> Score:  # fmt: skip
+    """Scores one document: every token of the text and its closing eos once, see `sliding_windows`.
+
+    Raises:
+      ValueError: the text is empty.
+    """
+    require(bool(text), "text", text, "is empty; there is nothing to score")
+    tokens = np.asarray(tokenizer.encode_document(text), np.int32)
+    batches = sliding_windows(
+        tokens, num_bytes=len(text.encode()), sequence_length=sequence_length, batch_size=batch_size
+    )
+    return score_batches(score_tokens, params, batches)
+
+
+def sliding_windows(tokens: np.ndarray, *, num_bytes: int, sequence_length: int,
+                    batch_size: int) -> Iterator[EvaluationBatch]:  # fmt: skip
+    """Cuts one document into overlapping windows, half a window apart, that predict every token but the first once.
+
+    The first window predicts T tokens; each later one only those of its second half that none predicted before, so all
+    but the first T tokens are predicted from at least T/2 tokens before them. Every batch has the same shape; what
+    pads the last ones has weight 0. The first batch carries all of num_bytes.
+
+    Args:
+      tokens: bos, text, eos.
+      num_bytes: UTF-8 bytes of the text.
+      sequence_length: T.
+      batch_size: rows of every batch.
+    """
+    num_targets, stride = len(tokens) - 1, max(1, sequence_length // 2)
+    num_windows = 1 + max(0, -(-(num_targets - sequence_length) // stride))
+    for first in range(0, num_windows, batch_size):
+        tokens_BT = np.zeros((batch_size, sequence_length + 1), np.int32)
+        weights_BT = np.zeros((batch_size, sequence_length), np.float32)
+        for row, window in enumerate(range(first, min(first + batch_size, num_windows))):
+            start = window * stride
+            piece = tokens[start : start + sequence_length + 1]
+            tokens_BT[row, : len(piece)] = piece
+            num_predicted_before = sequence_length - stride if window else 0
+            weights_BT[row, num_predicted_before : len(piece) - 1] = 1
+        yield EvaluationBatch(tokens_BT, weights_BT, num_bytes if first == 0 else 0)
+
+
+def heldout_batch_size(config: RunConfig, mesh: jax.sharding.Mesh) -> int:
+    """Returns the sequences scored at a time: those of a training pass, or one per device where that is more."""
+    return max(config.train.rows_per_pass, num_batch_shards(mesh))

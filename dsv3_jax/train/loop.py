@@ -1,0 +1,268 @@
+"""A training run, from a configuration to a finished workdir. The same call again continues where the run stopped.
+
+Order of what happens after step n, so that a kill at any moment repeats steps but loses and doubles nothing: moving
+average, metrics of every step up to n, held-out evaluation, checkpoint of step n.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import signal
+from pathlib import Path
+
+import jax
+
+from dsv3_jax.checkpoint.training import TrainingCheckpoints, newest_step, read_run, require_same_run, saved_items
+from dsv3_jax.config import RunConfig, require
+from dsv3_jax.data import Corpus, TrainBatches, heldout_windows, open_corpus
+from dsv3_jax.sharding.mesh import make_mesh
+from dsv3_jax.train import schedule
+from dsv3_jax.train.ema import host_structs, init_ema, update_ema
+from dsv3_jax.train.evaluate import heldout_batch_size, make_score_tokens, score_batches
+from dsv3_jax.train.metrics import RunLog, Screen, Throughput, fetch, progress_line, step_record
+from dsv3_jax.train.plots import write_plots
+from dsv3_jax.train.state import TrainState, abstract_state, fresh_state, init_state, state_shardings
+from dsv3_jax.train.step import make_train_step, split_batch
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands, in numbers that outgrow the device's int32. Saved with every checkpoint."""
+
+    step: int = 0  # optimizer steps finished, skipped ones included
+    tokens: int = 0  # trained, skipped steps included
+    position: int = 0  # windows of the corpus consumed
+    corpus: str = ""  # fingerprint of the corpus
+
+
+def train(config: RunConfig, workdir: str | Path) -> signal.Signals | None:
+    """Trains until the configured end, or until SIGTERM or SIGINT; the last step is saved either way.
+
+    Writes into the workdir: config.json, checkpoints/, metrics.jsonl, tensorboard/, loss.png, expert_load.png.
+
+    Returns:
+      The signal that ended the run early, None at its end.
+
+    Raises:
+      ValueError: a setting, corpus, mesh or workdir that cannot work, before anything is written.
+      OSError: a checkpoint could not be written.
+      FloatingPointError: `train.max_bad_steps` steps in a row were skipped.
+    """
+    require_same_run(workdir, config)
+    mesh = make_mesh(config.mesh)
+    train_step = make_train_step(config, mesh)
+    corpus = open_usable_corpus(config)
+    progress = read_progress(workdir, config, corpus)
+    batches = TrainBatches(
+        corpus, sequence_length=config.data.sequence_length, seed=config.train.seed, position=progress.position,
+        prefetch_windows=config.data.prefetch_windows,
+    )  # fmt: skip
+    evaluate = _make_heldout_evaluation(config, mesh, corpus)
+    checkpoints = TrainingCheckpoints(workdir, config)
+    with jax.set_mesh(mesh), Screen() as screen, _StopSignals() as stop_signals:
+        state, ema = _start_or_resume(config, mesh, checkpoints, workdir, screen)
+        reporter = _Reporter(config, workdir, progress.step, screen, num_devices=mesh.size)
+        is_saved, is_evaluated = newest_step(workdir) == progress.step, progress.step > 0
+
+        while not is_finished(config, progress) and not stop_signals.received:
+            settings = schedule.at(config.train, step=progress.step, tokens=progress.tokens)
+            tokens_ABT = split_batch(config, batches.next(settings.batch_size))
+            state, metrics = train_step(state, tokens_ABT, settings)
+            progress.step += 1
+            progress.tokens += settings.batch_size * config.data.sequence_length
+            progress.position = batches.position
+            if config.train.ema_decay and progress.step % config.train.ema_every_steps == 0:
+                ema = update_ema(config, ema, state.params, is_good=metrics["is_good"])
+            reporter.report(dataclasses.replace(progress), settings, metrics)
+
+            is_evaluated = is_due(progress.step, config.train.eval_every_steps)
+            if is_evaluated:
+                reporter.report_heldout(progress, evaluate(state.params))
+            is_saved = is_due(progress.step, config.train.checkpoint_every_steps)
+            if is_saved:
+                reporter.flush()
+                save(checkpoints, state, ema, progress)
+
+        reporter.flush()
+        if evaluate is not None and not is_evaluated and is_finished(config, progress):
+            reporter.report_heldout(progress, evaluate(state.params))
+        if not is_saved:
+            save(checkpoints, state, ema, progress)
+        batches.close()
+        checkpoints.close()
+        reporter.close()
+        for path in write_plots(workdir):
+            screen.say(f"wrote {path}")
+        screen.say(f"step {progress.step} is saved in {workdir}")
+        return stop_signals.received
+
+
+def open_usable_corpus(config: RunConfig) -> Corpus:
+    """Opens the run's corpus.
+
+    Raises:
+      ValueError: it is damaged, does not fit the model, or has no held-out text although evaluation is asked for.
+    """
+    corpus = open_corpus(config.data.corpus)
+    corpus.require_fits(config.model)
+    require(corpus.num_tokens("heldout") > 0 or not config.train.eval_every_steps, "train.eval_every_steps",
+            config.train.eval_every_steps, f"{config.data.corpus} has no held-out documents; prepare a corpus "
+            "with some, or set 0")  # fmt: skip
+    return corpus
+
+
+def read_progress(workdir: str | Path, config: RunConfig, corpus: Corpus) -> Progress:
+    """Returns where the newest whole checkpoint stands, the beginning without one; touches nothing.
+
+    Raises:
+      ValueError: the checkpoint is damaged, or was trained on another corpus.
+    """
+    fingerprint = corpus_fingerprint(corpus)
+    step = newest_step(workdir)
+    if step is None or "optimizer" not in saved_items(workdir, step):
+        return Progress(corpus=fingerprint)
+    progress = Progress(**read_run(workdir, step)[1])
+    require(progress.corpus == fingerprint, "data.corpus", config.data.corpus,
+            "holds other tokens than this run was trained on; name the corpus it began with")  # fmt: skip
+    return progress
+
+
+def is_finished(config: RunConfig, progress: Progress) -> bool:
+    """Returns whether no step is left: `train.num_steps` are done, or with 0 the schedule's tokens are used up."""
+    if config.train.num_steps:
+        return progress.step >= config.train.num_steps
+    return progress.tokens >= config.train.schedule_tokens
+
+
+def is_due(step: int, every: int) -> bool:
+    """Returns whether something that happens every so many steps (0: never) happens after this one."""
+    return bool(every) and step % every == 0
+
+
+def save(checkpoints: TrainingCheckpoints, state: TrainState, ema: dict | None, progress: Progress) -> None:
+    """Starts writing the checkpoint of the step just finished."""
+    trees = {"params": state.params, "optimizer": dataclasses.replace(state, params={})}
+    if ema is not None:
+        trees["ema"] = ema
+    checkpoints.save(progress.step, trees, progress=dataclasses.asdict(progress))
+
+
+def _start_or_resume(config: RunConfig, mesh: jax.sharding.Mesh, checkpoints: TrainingCheckpoints,
+                     workdir: str | Path, screen: Screen) -> tuple[TrainState, dict | None]:  # fmt: skip
+    """Returns state and moving average: of the newest whole checkpoint, around its parameters alone, or new ones."""
+    step = newest_step(workdir)
+    structs = abstract_state(config, mesh)
+    if step is not None and "optimizer" in saved_items(workdir, step):
+        items = {"params": structs.params, "optimizer": dataclasses.replace(structs, params={})}
+        if config.train.ema_decay:
+            items["ema"] = host_structs(structs.params)
+        restored = checkpoints.restore(step, items)
+        screen.say(f"resuming after step {step}")
+        return dataclasses.replace(restored["optimizer"], params=restored["params"]), restored.get("ema")
+    if step is None:
+        state = init_state(config, mesh)
+    else:
+        params = checkpoints.restore(step, {"params": structs.params})["params"]
+        begin = functools.partial(fresh_state, config)
+        state = jax.jit(begin, donate_argnums=0, out_shardings=state_shardings(config, mesh))(params)
+        screen.say(f"starting from the parameters in {workdir}")
+    return state, init_ema(state.params) if config.train.ema_decay else None
+
+
+def corpus_fingerprint(corpus: Corpus) -> str:
+    """Returns a hash of the corpus's token files and tokenizer, the same wherever the corpus lies."""
+    identity = {name: corpus.manifest[name] for name in ("splits", "tokenizer")}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _make_heldout_evaluation(config: RunConfig, mesh, corpus: Corpus):
+    """Builds a function of the parameters that scores the held-out text, always the same windows; None without text."""
+    if not corpus.num_tokens("heldout"):
+        return None
+    score_tokens = make_score_tokens(config.model, mesh, chunk_tokens=config.train.loss_chunk_tokens)
+
+    def evaluate(params: dict):
+        windows = heldout_windows(
+            corpus, sequence_length=config.data.sequence_length, batch_size=heldout_batch_size(config, mesh),
+            max_sequences=config.train.eval_sequences,
+        )  # fmt: skip
+        return score_batches(score_tokens, params, windows)
+
+    return evaluate
+
+
+class _Reporter:
+    """Logs each step once the next one is under way, so that the device never waits for the host."""
+
+    def __init__(self, config: RunConfig, workdir: str | Path, start_step: int, screen: Screen, *,
+                 num_devices: int):  # fmt: skip
+        self._config = config
+        self._screen = screen
+        self._log = RunLog(workdir, start_step=start_step)
+        self._throughput = Throughput(config, num_devices=num_devices)
+        self._pending = None
+
+    def report(self, progress: Progress, settings: schedule.StepSettings, metrics: dict) -> None:
+        """Takes a step that was just dispatched; logs the one before."""
+        self._log_pending()
+        self._pending = (progress, settings, metrics)
+
+    def flush(self) -> None:
+        """Logs the last step, waiting for it; the time until the next step counts for nothing."""
+        self._log_pending()
+        self._throughput.restart()
+
+    def report_heldout(self, progress: Progress, score) -> None:
+        """Logs an evaluation of the held-out text."""
+        self.flush()
+        self._log.write({
+            "kind": "heldout", "step": progress.step, "tokens": progress.tokens,
+            "bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity,
+        })  # fmt: skip
+        self._screen.say(f"step {progress.step}  held-out text: {score.bits_per_byte:.4f} bits per byte")
+
+    def close(self) -> None:
+        self._log.close()
+
+    def _log_pending(self) -> None:
+        if self._pending is None:
+            return
+        (progress, settings, metrics), self._pending = self._pending, None
+        metrics = fetch(metrics)
+        is_logged = is_due(progress.step, self._config.train.log_every_steps)
+        num_tokens = settings.batch_size * self._config.data.sequence_length
+        speed = self._throughput.measure(num_tokens, is_due=is_logged)
+        if is_logged or not metrics["is_good"]:
+            record = step_record(progress.step, tokens=progress.tokens, settings=settings, metrics=metrics)
+            record |= {"tokens_per_second": None, "model_flops_utilization": None} | speed
+            self._log.write(record)
+            self._screen.show(progress_line(self._config, record))
+        if metrics["bad_steps_in_row"] >= self._config.train.max_bad_steps:
+            raise FloatingPointError(
+                f"train.max_bad_steps={self._config.train.max_bad_steps}: steps up to {progress.step} were all skipped "
+                f"(loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}); lower train.learning_rate "
+                "in a new workdir, or raise train.spike_factor or train.max_bad_steps"
+            )
+
+
+class _StopSignals:
+    """Notes SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.received = None
+
+    def __enter__(self) -> "_StopSignals":
+        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)

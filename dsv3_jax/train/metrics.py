@@ -1,0 +1,193 @@
+"""What a run shows: metrics.jsonl and TensorBoard events in the workdir, one live line on the screen."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import tensorboardX
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from dsv3_jax.config import RunConfig
+from dsv3_jax.train.flops import train_flops_per_token
+from dsv3_jax.train.schedule import StepSettings
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+class RunLog:
+    """Writes records to metrics.jsonl, one JSON object per line, and their numbers to TensorBoard.
+
+    Lines past the step that the run starts from are dropped, so that repeated steps appear once.
+    """
+
+    def __init__(self, workdir: str | Path, *, start_step: int):
+        self._path = Path(workdir) / METRICS_FILE
+        _keep_lines_until(self._path, start_step)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, lives as long as the run
+        self._tensorboard = tensorboardX.SummaryWriter(str(Path(workdir) / TENSORBOARD), purge_step=start_step + 1)
+
+    def write(self, record: dict) -> None:
+        """Appends a record with `kind` and `step`, flushed; numbers that are not finite become null."""
+        self._file.write(json.dumps({name: _finite_or_none(value) for name, value in record.items()}) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if name not in ("kind", "step") and isinstance(value, int | float):
+                self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+def read_records(workdir: str | Path) -> list[dict]:
+    """Reads metrics.jsonl; a last line cut short by a kill is left out."""
+    path = Path(workdir) / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Throughput:
+    """Measures tokens per second between calls, and what follows from it."""
+
+    def __init__(self, config: RunConfig, *, num_devices: int):
+        self._flops_per_token = train_flops_per_token(config.model, sequence_length=config.data.sequence_length)
+        self._peak_flops = config.train.peak_tflops * 1e12 * num_devices
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the time since the last call: compilation, evaluation and saving are no training."""
+        self._last_time, self._tokens = None, 0
+
+    def measure(self, tokens: int, *, is_due: bool) -> dict:
+        """Counts tokens of a finished step; when due, returns tokens_per_second and model_flops_utilization.
+
+        Both are None for the first step after a restart, the utilization also without `train.peak_tflops`.
+        """
+        if self._last_time is None:
+            self._last_time = time.perf_counter()
+            return {"tokens_per_second": None, "model_flops_utilization": None}
+        self._tokens += tokens
+        if not is_due:
+            return {}
+        seconds = time.perf_counter() - self._last_time
+        rate = self._tokens / seconds
+        self._last_time, self._tokens = self._last_time + seconds, 0
+        utilization = rate * self._flops_per_token / self._peak_flops if self._peak_flops else None
+        return {"tokens_per_second": rate, "model_flops_utilization": utilization}
+
+
+def step_record(step: int, *, tokens: int, settings: StepSettings, metrics: dict) -> dict:
+    """Returns the record of a finished step.
+
+    Args:
+      step: steps finished, this one included.
+      tokens: tokens trained, this step included.
+      settings: what the step ran with.
+      metrics: of the train step, fetched to the host.
+    """
+    loads = {stack: np.asarray(load, np.float64) for stack, load in metrics["tokens_per_expert"].items()}
+    relative_LE = np.concatenate([load / load.mean(-1, keepdims=True) for load in loads.values()]) if loads else None
+    scalars = {name: np.asarray(value).item() for name, value in metrics.items() if name != "tokens_per_expert"}
+    record = {"kind": "train", "step": step, "tokens": tokens, **scalars}
+    record |= {
+        "learning_rate": settings.learning_rate,
+        "batch_size": settings.batch_size,
+        "mtp_loss_weight": settings.mtp_loss_weight,
+        "bias_update_speed": settings.bias_update_speed,
+    }
+    if relative_LE is not None:
+        record["expert_load_max_over_mean"] = float(relative_LE.max(-1).max())
+        record["expert_load_max_over_mean_by_layer"] = relative_LE.max(-1).round(4).tolist()
+        record["expert_load_min_over_mean_by_layer"] = relative_LE.min(-1).round(4).tolist()
+    return record
+
+
+def fetch(metrics: dict) -> dict:
+    """Brings a step's metrics to the host; returns once that step has run."""
+    return jax.device_get(metrics)
+
+
+def remaining_tokens(config: RunConfig, *, step: int, tokens: int, batch_size: int) -> int:
+    """Returns the tokens still to train, batches staying as they are."""
+    if config.train.num_steps:
+        return (config.train.num_steps - step) * batch_size * config.data.sequence_length
+    return config.train.schedule_tokens - tokens
+
+
+def progress_line(config: RunConfig, record: dict) -> str:
+    """Says in one line how a run stands."""
+    total = f"/{config.train.num_steps}" if config.train.num_steps else ""
+    parts = [f"step {record['step']}{total}", f"loss {record['loss']:.4f}"]
+    rate = record["tokens_per_second"]
+    if rate is not None:
+        parts.append(f"{rate:,.0f} tokens/s")
+    if record["model_flops_utilization"] is not None:
+        parts.append(f"MFU {record['model_flops_utilization']:.1%} of {config.train.peak_tflops:g} TFLOP/s")
+    if "expert_load_max_over_mean" in record:
+        parts.append(f"expert load max/mean {record['expert_load_max_over_mean']:.2f}")
+    parts += [f"lr {record['learning_rate']:.2e}", f"grad norm {record['grad_norm']:.2f}"]
+    if record["bad_steps"]:
+        parts.append(f"bad steps {record['bad_steps']}")
+    if rate is not None:
+        left = remaining_tokens(config, step=record["step"], tokens=record["tokens"], batch_size=record["batch_size"])
+        parts.append(f"ETA {_clock(left / rate)}")
+    return "  ".join(parts)
+
+
+class Screen:
+    """Shows one live line on a terminal; elsewhere prints every line."""
+
+    def __init__(self):
+        self._console = Console(highlight=False)
+        self._live = Live(console=self._console, refresh_per_second=4) if self._console.is_terminal else None
+
+    def __enter__(self) -> "Screen":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, line: str) -> None:
+        """Replaces the live line."""
+        if self._live:
+            self._live.update(Text(line))
+        else:
+            print(line, flush=True)
+
+    def say(self, line: str) -> None:
+        """Prints a line that stays."""
+        if self._live:
+            self._console.print(Text(line))
+        else:
+            print(line, flush=True)
+
+
+def _keep_lines_until(path: Path, step: int) -> None:
+    """Rewrites a JSONL file without lines past the step and without a line cut short, atomically."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _finite_or_none(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,28 @@
+"""Trains a model, or goes on training it.
+
+    python launch/train.py --config=configs/tiny.py --config.data.corpus=DIR --workdir=runs/tiny
+
+The same command continues from the newest checkpoint. SIGTERM saves and exits 0; Ctrl-C saves and exits 130.
+"""
+
+import signal
+import sys
+
+from absl import flags, logging
+
+from dsv3_jax import config_flags
+from dsv3_jax.train.loop import train
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints, metrics and plots", required=True)
+
+
+def main() -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    if train(config_flags.resolve(), _WORKDIR.value) == signal.SIGINT:
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    config_flags.define()
+    config_flags.run(main)
