@@ -9,9 +9,10 @@ whatever the number of groups, and the sizes live on the device: new sizes cause
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.kernels.grouped_matmul import reference
+from dsv3_jax.kernels import device
+from dsv3_jax.kernels.grouped_matmul import reference, tuned
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("reference", "pallas_gpu")
 
 
 def row_alignment(num_rows: int, num_groups: int, *, implementation: str | None = None) -> int:
@@ -22,7 +23,9 @@ def row_alignment(num_rows: int, num_groups: int, *, implementation: str | None 
       num_groups: groups that share them.
       implementation: as in `grouped_matmul`.
     """
-    del implementation
+    _require_known(implementation)
+    if implementation == "pallas_gpu" or (implementation is None and device.is_hopper()):
+        return tuned.ROW_ALIGNMENT
     return reference.row_alignment(num_rows, num_groups)
 
 
@@ -54,16 +57,18 @@ def grouped_matmul(
         master weight is never rounded to bfloat16.
       group_sizes_E: int32 rows per group; empty groups are allowed.
       alignment: what the layout was made with, from `row_alignment`.
-      implementation: None picks the fastest that the device supports; a named one runs or raises.
+      implementation: "pallas_gpu" (Hopper; 16-bit floats, K and N multiples of 64, alignment a multiple of 128) or
+        "reference". None picks pallas_gpu on a Hopper GPU for operands it supports, else the reference; a named one
+        runs or raises.
 
     Returns:
       [M, N] in the dtype of x, accumulated in float32.
 
     Raises:
-      ValueError: an unknown implementation, or operands that do not fit together.
+      ValueError: an unknown implementation, operands that do not fit together, or that the named implementation does
+        not support.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={implementation!r}: choose one of {IMPLEMENTATIONS} or None")
+    _require_known(implementation)
     num_rows, contraction = x_MK.shape
     num_groups, w_contraction, _ = w_EKN.shape
     if contraction != w_contraction or group_sizes_E.shape != (num_groups,) or num_rows % alignment:
@@ -71,4 +76,30 @@ def grouped_matmul(
             f"x {x_MK.shape}, w {w_EKN.shape}, group_sizes {group_sizes_E.shape}, alignment {alignment}: "
             "need x [M, K], w [E, K, N], group_sizes [E] and M a multiple of the alignment"
         )
-    return reference.grouped_matmul(x_MK, w_EKN, group_sizes_E, alignment)
+    problem = _unsupported(x_MK, w_EKN, alignment)
+    if implementation is None:
+        implementation = "pallas_gpu" if device.is_hopper() and problem is None else "reference"
+    if implementation == "reference":
+        return reference.grouped_matmul(x_MK, w_EKN, group_sizes_E, alignment)
+    if problem is not None:
+        raise ValueError(f"implementation='pallas_gpu' cannot run {problem}; use implementation='reference'")
+    from dsv3_jax.kernels.grouped_matmul import pallas_gpu  # loads Mosaic: seconds that a CPU process can save
+
+    return pallas_gpu.grouped_matmul(x_MK, w_EKN, group_sizes_E)
+
+
+def _unsupported(x_MK: jax.Array, w_EKN: jax.Array, alignment: int) -> str | None:
+    """Names what about these operands the Hopper kernel cannot run, or returns None."""
+    _, contraction, columns = w_EKN.shape
+    if x_MK.dtype not in (jnp.bfloat16, jnp.float16) or w_EKN.dtype != x_MK.dtype:
+        return f"x {x_MK.dtype} with w {w_EKN.dtype}: only one 16-bit float type for both"
+    if contraction % tuned.STEP or columns % tuned.STEP:
+        return f"K={contraction}, N={columns}: both must be multiples of {tuned.STEP}"
+    if alignment % tuned.ROW_ALIGNMENT:
+        return f"alignment={alignment}: must be a multiple of {tuned.ROW_ALIGNMENT}"
+    return None
+
+
+def _require_known(implementation: str | None) -> None:
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={implementation!r}: choose one of {IMPLEMENTATIONS} or None")
