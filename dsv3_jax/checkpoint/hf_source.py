@@ -7,6 +7,8 @@ import pathlib
 import re
 from collections.abc import Iterable
 
+from absl import logging
+
 from dsv3_jax.checkpoint.hf_names import PublishedTensor, published_tensors
 from dsv3_jax.checkpoint.safetensors_files import DTYPES, Entry, read_header
 from dsv3_jax.config import ModelConfig
@@ -15,7 +17,7 @@ from dsv3_jax.fp8.formats import num_blocks
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _SCALE = "_scale_inv"
-_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
+_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_scale_inv)?")
 
 
 def list_tensors(directory: pathlib.Path) -> dict[str, Entry]:
@@ -71,7 +73,10 @@ def _list_sharded(directory: pathlib.Path) -> dict[str, Entry]:
 
 
 def _split_fused(name: str, entry: Entry) -> dict[str, Entry]:
-    """Cuts the stacked experts that transformers holds in memory ([E, 2F, D], [E, D, F]) into published tensors."""
+    """Cuts the stacked experts that transformers holds in memory ([E, 2F, D], [E, D, F]) into published tensors.
+
+    Saving FP8 experts, transformers 5 writes the weights one by one and their scales stacked.
+    """
     match = _FUSED.fullmatch(name)
     if match is None or len(entry.shape) != 3 or entry.dtype not in DTYPES:
         return {name: entry}
@@ -79,10 +84,11 @@ def _split_fused(name: str, entry: Entry) -> dict[str, Entry]:
     projections = ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else ("down_proj",)
     shape = (rows // len(projections), columns)
     num_bytes = math.prod(shape) * DTYPES[entry.dtype].itemsize
-    names = [f"{match[1]}.{expert}.{projection}.weight" for expert in range(num_experts) for projection in projections]
+    suffix = f"weight{match[3]}" if match[3] else "weight"
+    names = [f"{match[1]}.{expert}.{part}.{suffix}" for expert in range(num_experts) for part in projections]
     return {
-        part: dataclasses.replace(entry, shape=shape, offset=entry.offset + position * num_bytes)
-        for position, part in enumerate(names)
+        name: dataclasses.replace(entry, shape=shape, offset=entry.offset + position * num_bytes)
+        for position, name in enumerate(names)
     }
 
 
@@ -97,9 +103,8 @@ def _missing(entries: dict[str, Entry], expected: list[PublishedTensor]) -> Iter
 
 def _extra(entries: dict[str, Entry], expected: list[PublishedTensor], config: ModelConfig) -> Iterable[str]:
     known = {tensor.name for tensor in expected}
-    known |= {tensor.name + _SCALE for tensor in expected if tensor.name in entries
-              and entries[tensor.name].dtype == "F8_E4M3" and tensor.row.is_fp8}  # fmt: skip
-    for name in entries.keys() - known:
+    scales = {tensor.name + _SCALE for tensor in expected if tensor.row.is_fp8}
+    for name in entries.keys() - known - scales:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         is_left_out = config.num_nextn_predict_layers == 0 and layer and int(layer[1]) >= config.num_hidden_layers
         if not is_left_out:
@@ -111,6 +116,8 @@ def _source(tensor: PublishedTensor, entries: dict[str, Entry]) -> tuple[Entry, 
     dtypes = ("BF16", "F32", "F8_E4M3") if tensor.row.is_fp8 else ("BF16", "F32")
     _require_entry(tensor.name, entry, tensor.shape, dtypes)
     if entry.dtype != "F8_E4M3":
+        if tensor.name + _SCALE in entries:  # transformers writes unused ones where 128 does not divide
+            logging.warning("%s: %s is %s, its scales are ignored", entry.file, tensor.name, entry.dtype)
         return entry, None
     scale = entries[tensor.name + _SCALE]
     _require_entry(tensor.name + _SCALE, scale, tuple(num_blocks(size) for size in tensor.shape), ("F32",))

@@ -55,7 +55,7 @@ def load(directory):
         (lambda t: t.update({EXPERT: t[EXPERT].T}), [EXPERT, "(24, 8)", "(8, 24)", SHARD]),
         (lambda t: t.update({EXPERT: t[EXPERT].astype(np.int32)}), [EXPERT, "I32", "F32"]),
         (lambda t: t.update({EXPERT: t[EXPERT].astype(np.float16)}), [EXPERT, "F16", "BF16"]),
-        (lambda t: t.update({f"{EXPERT}_scale_inv": np.ones((1, 1), np.float32)}), [f"{EXPERT}_scale_inv", "not part"]),
+        (lambda t: t.update({"lm_head.weight_scale_inv": np.ones((1, 1), np.float32)}), ["lm_head.weight_scale_inv"]),
         (lambda t: t.update({"model.layers.3.embed_tokens.weight": t["model.embed_tokens.weight"] + 1}),
          ["model.layers.3.embed_tokens.weight", "embed_tokens"]),
     ],

@@ -11,6 +11,7 @@ import safetensors.numpy
 from random_models import BASE, FP8, STRUCTURES, flatten, random_params
 
 from dsv3_jax.checkpoint import hf
+from dsv3_jax.checkpoint.safetensors_files import DTYPES, Writer, read_header
 from dsv3_jax.fp8.formats import dequantize_blocks, quantize_blocks
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -131,6 +132,32 @@ def test_single_file_and_fused_experts_load(tmp_path):
     loaded = flatten(hf.load_params(tmp_path, hf.read_config(tmp_path), dtype="float32"))
     for path, values in flatten(params).items():
         np.testing.assert_array_equal(loaded[path], values, err_msg=path)
+
+
+def test_fp8_as_transformers_saves_it_loads(tmp_path):
+    """Experts apart, their scales stacked; what is not whole blocks in BF16, with scales that mean nothing."""
+    params = random_params(FP8, is_bf16=True)
+    hf.save(tmp_path, FP8, params, dtype="fp8")
+    expected = flatten(hf.load_params(tmp_path, FP8, dtype="float32"))
+    shard = tmp_path / "model-00001-of-000001.safetensors"
+    tensors = {name: entry.read() for name, entry in read_header(shard).items()}
+    shard.unlink()
+    (tmp_path / "model.safetensors.index.json").unlink()
+    prefix = "model.layers.1.mlp.experts"
+    scales = {part: np.stack([tensors.pop(f"{prefix}.{e}.{part}_proj.weight_scale_inv") for e in range(4)])
+              for part in ("gate", "up", "down")}  # fmt: skip
+    tensors[f"{prefix}.gate_up_proj_scale_inv"] = np.concatenate([scales["gate"], scales["up"]], axis=1)
+    tensors[f"{prefix}.down_proj_scale_inv"] = scales["down"]
+    kv_a = params["moe_layers"]["self_attn"]["kv_a_proj_with_mqa"][0]
+    tensors["model.layers.1.self_attn.kv_a_proj_with_mqa.weight"] = kv_a.T.astype(ml_dtypes.bfloat16)
+    dtypes = {dtype: name for name, dtype in DTYPES.items()}
+    writer = Writer(tmp_path / "model.safetensors", {n: (dtypes[v.dtype], v.shape) for n, v in tensors.items()})
+    for name, values in tensors.items():
+        writer.write(name, values)
+    writer.close()
+    expected["moe_layers/self_attn/kv_a_proj_with_mqa"][0] = kv_a
+    for path, values in flatten(hf.load_params(tmp_path, FP8, dtype="float32")).items():
+        np.testing.assert_array_equal(values, expected[path], err_msg=path)
 
 
 def test_tokenizer_files_are_copied_verbatim(tmp_path):
