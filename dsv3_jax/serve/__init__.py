@@ -1,0 +1,1 @@
+"""Serving: sampling, and prefill and decode as one jitted program."""
