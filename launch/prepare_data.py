@@ -7,33 +7,32 @@ Without --source the text is what every machine has: the Python standard library
 Stopped at any moment, it leaves no corpus that is not whole. Run again on a finished corpus, it does nothing.
 """
 
-from absl import app, flags
+from absl import flags
 from rich import console as rich_console
 from rich import progress as rich_progress
 
+from dsv3_jax import config_flags
 from dsv3_jax.data import corpus, open_corpus, prepare
 
-OUTPUT = flags.DEFINE_string("output", None, "directory of the prepared corpus", required=True)
-SOURCE = flags.DEFINE_multi_string(
+_OUTPUT = flags.DEFINE_string("output", None, "directory of the prepared corpus", required=True)
+_SOURCE = flags.DEFINE_multi_string(
     "source", [corpus.INSTALLED], f"file, directory ({' '.join(corpus.TEXT_SUFFIXES)} in it), glob, or "
     f"{corpus.INSTALLED}: the standard library and installed packages; may be repeated")  # fmt: skip
-MAX_BYTES = flags.DEFINE_integer("max_bytes", 0, "UTF-8 bytes of text in all; 0: no limit")
-MAX_DOCUMENT_BYTES = flags.DEFINE_integer("max_document_bytes", 1_000_000, "larger files are left out, bytes")
-VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "tokens of the tokenizer to train")
-TOKENIZER = flags.DEFINE_string("tokenizer", "", "directory of a tokenizer to use instead of training one")
-HELDOUT_FRACTION = flags.DEFINE_float("heldout_fraction", 0.02, "share of the documents kept from training")
+_MAX_BYTES = flags.DEFINE_integer("max_bytes", 0, "UTF-8 bytes of text in all; 0: no limit")
+_MAX_DOCUMENT_BYTES = flags.DEFINE_integer("max_document_bytes", 1_000_000, "larger files are left out, bytes")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "tokens of the tokenizer to train")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "directory of a tokenizer to use instead of training one")
+_HELDOUT_FRACTION = flags.DEFINE_float("heldout_fraction", 0.02, "share of the documents kept from training")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; sources are given with --source")
+def main() -> None:
     preparation = prepare.Preparation(
-        sources=tuple(SOURCE.value),
-        max_bytes=MAX_BYTES.value,
-        max_document_bytes=MAX_DOCUMENT_BYTES.value,
-        vocab_size=VOCAB_SIZE.value,
-        tokenizer=TOKENIZER.value,
-        heldout_fraction=HELDOUT_FRACTION.value,
+        sources=tuple(_SOURCE.value),
+        max_bytes=_MAX_BYTES.value,
+        max_document_bytes=_MAX_DOCUMENT_BYTES.value,
+        vocab_size=_VOCAB_SIZE.value,
+        tokenizer=_TOKENIZER.value,
+        heldout_fraction=_HELDOUT_FRACTION.value,
     )
     console = rich_console.Console()
     columns = (
@@ -51,10 +50,10 @@ def main(argv: list[str]) -> None:
                 tasks[stage] = progress.add_task(stage)
             progress.update(tasks[stage], completed=done_bytes, total=total_bytes)
 
-        is_new = prepare.prepare(preparation, OUTPUT.value, on_progress=show)
-    prepared = open_corpus(OUTPUT.value)
+        is_new = prepare.prepare(preparation, _OUTPUT.value, on_progress=show)
+    prepared = open_corpus(_OUTPUT.value)
     if not is_new:
-        console.print(f"{OUTPUT.value} is already prepared with these arguments; nothing to do.")
+        console.print(f"{_OUTPUT.value} is already prepared with these arguments; nothing to do.")
     for split, counts in prepared.manifest["splits"].items():
         console.print(f"{split:8} {counts['documents']:>8,} documents {counts['utf8_bytes']:>14,} bytes "
                       f"{counts['tokens']:>13,} tokens", highlight=False)  # fmt: skip
@@ -63,4 +62,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    config_flags.run(main)

@@ -46,7 +46,7 @@ class TrainBatches:
           corpus: a prepared corpus.
           sequence_length: T, tokens per sequence.
           seed: determines the order of every epoch.
-          prefetch_windows: windows read ahead of the consumer; at least one batch is.
+          prefetch_windows: windows read ahead of the consumer; at least one batch per thread is.
           position: windows that were consumed before.
           num_threads: threads that read ahead; 0 reads when asked.
 
@@ -93,7 +93,7 @@ class TrainBatches:
     def _restart_reader(self, batch_size: int, rows: range) -> None:
         self.close()
         batches = grain.MapDataset.source(_Batches(self._stream, self.position, batch_size, rows))
-        batches_ahead = max(1, math.ceil(self._prefetch_windows / len(rows)))
+        batches_ahead = max(1, self._num_threads, math.ceil(self._prefetch_windows / len(rows)))
         options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=batches_ahead)
         self._reader = iter(batches.to_iter_dataset(options))
         self._reader_reads = (batch_size, rows)

@@ -1,0 +1,142 @@
+"""The tokenizer loses nothing, knows its bytes, and is the one transformers loads."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MIN_VOCAB_SIZE, PAD_TOKEN, Tokenizer, train_tokenizer
+
+TEXTS = [
+    "def total(numbers):\n    return sum(numbers)  # 1234567 in all\n\n",
+    "The quick brown fox; the lazy dog!!!\r\n\r\nThe end.\n" * 3,
+    "日本語のテキスト、漢字かな。中文文本。\n" * 3,
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, 400)
+
+
+SNIPPETS = [*TEXTS, BOS_TOKEN, EOS_TOKEN, "\0", "\r\n ", "e\u0301", "🏳️‍🌈"]
+
+
+@given(st.text() | st.lists(st.sampled_from(SNIPPETS)).map("".join))
+@settings(deadline=None)
+def test_every_text_survives_the_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.num_bytes_of_token[ids].sum() == len(text.encode())
+
+
+def test_every_byte_has_a_token(tokenizer):
+    assert {bytes([byte]) for byte in range(256)} <= set(tokenizer.token_bytes)
+    assert tokenizer.decode([tokenizer.token_bytes.index(b"\xff")]) == "\ufffd"
+
+
+def test_special_tokens_are_the_published_ones_and_text_never_becomes_one(tokenizer):
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert [tokenizer.token_bytes[i] for i in range(3)] == [b"", b"", b""]
+    assert min(tokenizer.encode(BOS_TOKEN + EOS_TOKEN + PAD_TOKEN)) > 2
+    text = TEXTS[0]
+    assert tokenizer.encode_prompt(text) == [0, *tokenizer.encode(text)]
+    assert tokenizer.encode_document(text) == [0, *tokenizer.encode(text), 1]
+    assert tokenizer.decode(tokenizer.encode_document(text)) == text
+
+
+def test_documents_encode_in_batches_as_they_do_alone(tokenizer):
+    texts = [*TEXTS, "", EOS_TOKEN]
+    for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
+        np.testing.assert_array_equal(ids, tokenizer.encode_document(text))
+
+
+@pytest.mark.parametrize(
+    "text, pieces",
+    [
+        ("x=1234567", ["x", "=", "123", "456", "7"]),
+        ("end.\n\nThe .py (file);\n", ["end", ".\n\n", "The", " .", "py", " (", "file", ");\n"]),
+        ("ひらがな漢字abc", ["ひらがな漢字", "abc"]),
+        ("a  b\n    c", ["a", " ", " b", "\n", "   ", " c"]),
+        ("don't !?", ["don", "'t", " !?"]),
+    ],
+)
+def test_pretokenization_cuts_as_the_report_says(text, pieces):
+    # The largest vocabulary this text can give merges every piece into one token.
+    tokenizer = train_tokenizer([text] * 3, 1000)
+    assert [tokenizer.decode([token]) for token in tokenizer.encode(text)] == pieces
+
+
+def test_training_is_deterministic_and_survives_the_disk(tokenizer, tmp_path):
+    again = train_tokenizer(iter(TEXTS), 400)
+    assert again.sha256 == tokenizer.sha256
+    assert again.vocab_size == tokenizer.vocab_size <= 400
+    again.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.sha256 == tokenizer.sha256
+    assert loaded.token_bytes == tokenizer.token_bytes
+    assert loaded.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+
+
+def test_published_spelling_of_special_tokens_is_read(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    published = {"bos_token": {"__type": "AddedToken", "content": PAD_TOKEN}, "eos_token": EOS_TOKEN}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(published), "utf-8")
+    assert (Tokenizer.load(tmp_path).bos_token_id, Tokenizer.load(tmp_path).eos_token_id) == (2, 1)
+
+
+def test_a_model_must_have_room_for_every_token(tokenizer):
+    size = tokenizer.vocab_size
+    tokenizer.require_fits(ModelConfig(vocab_size=size))
+    tokenizer.require_fits(ModelConfig(vocab_size=size + 100))
+    with pytest.raises(ValueError, match=rf"model\.vocab_size={size - 1}: .*{size}"):
+        tokenizer.require_fits(ModelConfig(vocab_size=size - 1))
+    with pytest.raises(ValueError, match=r"model\.eos_token_id=5"):
+        tokenizer.require_fits(ModelConfig(vocab_size=size, eos_token_id=5))
+
+
+def test_unusable_input_is_refused_by_name(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=f"vocab_size={MIN_VOCAB_SIZE - 1}"):
+        train_tokenizer(TEXTS, MIN_VOCAB_SIZE - 1)
+    with pytest.raises(ValueError, match="surrogate at character 1"):
+        tokenizer.encode("a\ud800")
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="bos_token=None"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_that_changes_text_is_refused(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.normalizer = normalizers.Strip()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="use a byte-level BPE without a normalizer"):
+        Tokenizer.load(tmp_path).encode_documents(["  text  "])
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("with_model_config", [False, True])
+def test_transformers_loads_the_directory_and_gives_the_same_ids(tokenizer, tmp_path, with_model_config):
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(tmp_path)
+    if with_model_config:  # as in an exported model's directory
+        config = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (peer.bos_token_id, peer.eos_token_id, peer.pad_token_id, len(peer)) == (0, 1, 2, tokenizer.vocab_size)
+    for text in [*TEXTS, "naïve 🎉\t\t x==12345;\n\n", ""]:
+        assert peer(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
+        assert peer(text).input_ids == tokenizer.encode_prompt(text)
+        assert peer.decode(tokenizer.encode(text)) == text
