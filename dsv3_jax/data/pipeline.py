@@ -54,15 +54,16 @@ class TrainBatches:
           ValueError: the corpus has less than one window, or position is negative.
         """
         require(position >= 0, "position", position, "must not be negative")
-        self._source = _Windows(corpus.tokens("train"), sequence_length)
-        self.num_windows = len(self._source)
+        windows = _Windows(corpus.tokens("train"), sequence_length)
+        self.num_windows = len(windows)
         num_tokens = corpus.num_tokens("train")
         require(self.num_windows > 0, "data.sequence_length", sequence_length,
                 f"{corpus.directory} has {num_tokens} training tokens and one window takes sequence_length + 1; "
                 "shorten the sequences or prepare more text")  # fmt: skip
         self.num_unused_tokens = num_tokens - 1 - self.num_windows * sequence_length
         self.position = position
-        self._stream = grain.MapDataset.source(self._source).shuffle(seed=_order_seed(seed)).repeat()
+        self._stream = grain.MapDataset.source(windows).shuffle(seed=_order_seed(seed)).repeat()
+        self._stream[position]  # Grain prepares its datasets at the first read, and not safely in several threads.
         self._prefetch_windows = prefetch_windows
         self._num_threads = num_threads
         self._reader = None
