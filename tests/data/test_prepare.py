@@ -1,6 +1,5 @@
 """A prepared corpus is exactly its documents, and is whole or not there."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -129,14 +128,18 @@ def test_a_full_disk_names_the_path_and_leaves_nothing(tmp_path, limit, file):
     assert [entry.name for entry in tmp_path.iterdir()] == ["text"]
 
 
-def test_two_processes_do_not_prepare_one_corpus(tmp_path, text_directory):
-    (tmp_path / "corpus.partial").mkdir()
-    other = os.open(tmp_path / "corpus.partial", os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="another process"):
-        prepared_in(tmp_path / "corpus", text_directory)
-    os.close(other)
-    assert prepared_in(tmp_path / "corpus", text_directory)
+def test_a_corpus_is_prepared_by_one_at_a_time(tmp_path, text_directory):
+    refused = []
+
+    def prepare_meanwhile(stage, done_bytes, total_bytes):
+        if stage == "encoding" and not refused:
+            with pytest.raises(ValueError, match="another process") as error:
+                prepared_in(tmp_path / "corpus", text_directory)
+            refused.append(error)
+
+    arguments = preparation(sources=(str(text_directory),))
+    assert prepare.prepare(arguments, tmp_path / "corpus", on_progress=prepare_meanwhile)
+    assert refused and open_corpus(tmp_path / "corpus")
 
 
 def test_a_killed_preparation_leaves_nothing_that_passes_for_whole(tmp_path):

@@ -133,6 +133,18 @@ def test_evaluation_predicts_each_token_once_and_counts_its_bytes(documents, seq
     assert sum(batch.num_bytes for batch in batches) == expected_bytes
 
 
+def test_fewer_sequences_are_spread_over_the_whole_text():
+    batches = evaluation_windows(
+        np.arange(100),
+        num_bytes_of_token=np.ones(100, np.int32),
+        bos_token_id=BOS,
+        sequence_length=10,
+        batch_size=2,
+        max_sequences=4,
+    )
+    assert [row[0] for batch in batches for row in batch.tokens_BT] == [0, 20, 50, 70]
+
+
 def test_heldout_bytes_are_those_of_the_text(small_corpus):
     whole = list(heldout_windows(small_corpus, sequence_length=16, batch_size=4))
     assert sum(batch.num_bytes for batch in whole) == small_corpus.num_bytes("heldout")
