@@ -181,7 +181,7 @@ def test_number_of_parameters_of_the_published_671b_configuration():
         tensors = json.load(file)
     counted = {"main": 0, "mtp": 0}
     for name, tensor in tensors.items():
-        if name.endswith("_scale_inv") or name.startswith("model.layers.61.") and ".embed_tokens." in name:
+        if name.endswith("_scale_inv") or (name.startswith("model.layers.61.") and ".embed_tokens." in name):
             continue
         if name.startswith("model.layers.61.") and ".shared_head.head." in name:
             continue
