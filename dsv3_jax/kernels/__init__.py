@@ -1,1 +1,1 @@
-"""Ops that must be fast. Each folder is one op, its `__init__` the only import point. Kernels know arrays, not models."""
+"""Ops that must be fast: one folder each, its `__init__` the only import point. Kernels know arrays, not models."""
