@@ -13,7 +13,8 @@ import pathlib
 from absl import flags
 
 from dsv3_jax import config_flags
-from dsv3_jax.checkpoint import hf, training
+from dsv3_jax.checkpoint import hf
+from dsv3_jax.checkpoint.stored_params import open_stored_params
 from dsv3_jax.config import RunConfig, require
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the training run")
@@ -36,7 +37,7 @@ def main() -> None:
     require(OUTPUT.value is not None, "--output", None, "name the directory to write")
     given = sorted(config_flags.overrides())
     require(not given, "--config", given, "an export takes its configuration from the run; leave these out")
-    config, params = training.open_params(WORKDIR.value, step=STEP.value, ema=EMA.value)
+    config, params = open_stored_params(WORKDIR.value, step=STEP.value, ema=EMA.value)
     hf.save(OUTPUT.value, config.model, params, dtype=DTYPE.value, tokenizer_directory=tokenizer_directory(config))
     print(f"{OUTPUT.value}: {DTYPE.value}, {len(hf.tensor_table(config.model, dtype=DTYPE.value)):,} tensors")
 

@@ -7,6 +7,7 @@ The network is that of the directory. The recipe is the report's, or that of --c
 
 import dataclasses
 
+import jax
 from absl import flags
 
 from dsv3_jax import config_flags
@@ -21,7 +22,7 @@ config_flags.define()
 def main() -> None:
     config = run_config(hf.read_config(HF.value))
     params = hf.load_params(HF.value, config.model, dtype="float32")
-    training.save_params(WORKDIR.value, config, params)
+    training.save_params(WORKDIR.value, config, jax.tree.map(jax.device_put, params))
     print(f"{WORKDIR.value}: step 0, {config.model.num_hidden_layers} layers, "
           f"{config.model.num_nextn_predict_layers} MTP modules")  # fmt: skip
 

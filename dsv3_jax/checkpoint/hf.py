@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -36,6 +37,7 @@ MAX_FILE_NUMBERS = 2**32
 _PUBLISHED_DEPTH = 61
 _PUBLISHED_STAGE_STARTS = (7, 15, 23, 31, 39, 47, 54)
 _COMPARED_ROWS = 4096
+_ALIGNMENT = 64  # bytes; a CPU device takes such memory as it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ def load_params(directory: str | os.PathLike, config: ModelConfig, *, dtype: Any
       dtype: float32 or bfloat16, of linears and embeddings. Norms, router and biases are float32.
 
     Returns:
-      numpy arrays.
+      numpy arrays, aligned so that `jax.device_put` onto a CPU does not copy them (`jnp.asarray` does).
 
     Raises:
       ValueError: a missing, extra or mis-shaped tensor, a dtype that cannot be read, a missing or truncated file, MTP
@@ -208,7 +210,7 @@ def _tensors(config: ModelConfig, params: dict, dtype: str) -> Iterator[tuple[st
     for tensor in published_tensors(config):
         if (tensor.path, tensor.index) != key:  # gate and up share a block
             key, block = (tensor.path, tensor.index), None  # the previous block is freed first
-            block = np.asarray(leaf(params, tensor.path)[tensor.index])
+            block = _read_block(leaf(params, tensor.path), tensor.index)
         (name, _, stored), *scale = _stored(tensor, dtype)
         weight = tensor.publish(block)
         if scale:
@@ -218,6 +220,13 @@ def _tensors(config: ModelConfig, params: dict, dtype: str) -> Iterator[tuple[st
             yield scale[0][0], scales
         else:
             yield name, weight.astype(DTYPES[stored], copy=False)
+
+
+def _read_block(parameter: Any, index: tuple[int, ...]) -> np.ndarray:
+    is_in_host_memory = isinstance(parameter, jax.Array) and [d.platform for d in parameter.devices()] == ["cpu"]
+    if is_in_host_memory:
+        parameter = np.asarray(parameter)  # a view: nothing is copied, and no slice is compiled
+    return np.asarray(parameter[index])
 
 
 def _write_weights(directory: pathlib.Path, table: list[TensorInfo], tensors: Iterator) -> None:
@@ -286,9 +295,16 @@ def _allocate(specs: dict, dtype: np.dtype) -> dict:
     return {
         name: _allocate(spec, dtype)
         if isinstance(spec, dict)
-        else np.empty(spec.shape, DTYPES["F32"] if name in FLOAT32_PARAMS else dtype)
+        else _aligned(spec.shape, DTYPES["F32"] if name in FLOAT32_PARAMS else dtype)
         for name, spec in specs.items()
     }
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _require_equal(tensor: PublishedTensor, weight: np.ndarray, parameter: np.ndarray, file: pathlib.Path) -> None:
