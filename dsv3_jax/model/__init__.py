@@ -16,10 +16,11 @@ from dsv3_jax.model.deepseek_v3 import (
     logits,
     param_specs,
     prefill,
+    split_layers,
 )
 from dsv3_jax.model.params import ParamSpec, cast_params, compute_dtype
 
 __all__ = [
     "Cache", "Forward", "ParamSpec", "cast_params", "compute_dtype", "count_params", "decode_step", "forward",
-    "init_cache", "init_params", "logits", "param_specs", "prefill",
+    "init_cache", "init_params", "logits", "param_specs", "prefill", "split_layers",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from dsv3_jax.model.params import compute_dtype
 class Cache:
     """The latents of every layer, and how many tokens of each row are real."""
 
-    latents: dict[str, jax.Array]  # stack name -> [L, B, S, C + R]
+    latents: tuple[jax.Array, ...]  # one [B, S, C + R] per layer
     lengths_B: jax.Array  # int32
 
 
@@ -27,10 +27,5 @@ def init_cache(config: ModelConfig, batch_size: int, max_length: int) -> Cache:
     require(max_length <= config.max_position_embeddings, "cache length", max_length,
             f"exceeds model.max_position_embeddings={config.max_position_embeddings}")  # fmt: skip
     width = config.kv_lora_rank + config.qk_rope_head_dim
-    num_layers = {"dense_layers": config.num_dense_layers, "moe_layers": config.num_moe_layers}
-    latents = {
-        name: jnp.zeros((layers, batch_size, max_length, width), compute_dtype(config))
-        for name, layers in num_layers.items()
-        if layers
-    }
-    return Cache(latents, jnp.zeros(batch_size, jnp.int32))
+    empty = jnp.zeros((batch_size, max_length, width), compute_dtype(config))
+    return Cache((empty,) * config.num_hidden_layers, jnp.zeros(batch_size, jnp.int32))
