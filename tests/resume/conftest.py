@@ -1,0 +1,81 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+CONFIG = '''
+from dsv3_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+
+
+def get_config():
+    model = ModelConfig(
+        vocab_size=320, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=2,
+        num_attention_heads=2, n_routed_experts=4, kv_lora_rank=8, q_lora_rank=None, qk_rope_head_dim=4,
+        qk_nope_head_dim=4, v_head_dim=4, n_group=2, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1,
+        max_position_embeddings=64, precision="fp32",
+    )
+    train = TrainConfig(
+        num_steps=12, batch_size=4, batch_size_start=2, batch_ramp_tokens=6 * 2 * 16, microbatch_size=2, warmup_steps=2,
+        learning_rate=1e-2, init_std=0.1, ema_decay=0.9, eval_sequences=4, eval_every_steps=6,
+        checkpoint_every_steps=3, checkpoints_to_keep=2,
+    )
+    return RunConfig(model=model, data=DataConfig(sequence_length=16), train=train)
+'''
+
+
+class Launcher:
+    """Starts launch/train.py on a small corpus as a user would, every run in a session of its own."""
+
+    def __init__(self, directory: Path):
+        self.config = directory / "micro.py"
+        self.config.write_text(CONFIG)
+        self.corpus = directory / "corpus"
+        text = directory / "text"
+        text.mkdir()
+        for index, path in enumerate(sorted((ROOT / "dsv3_jax" / "train").glob("*.py"))[:8]):
+            (text / f"{index}.txt").write_text(path.read_text())
+        self._environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        arguments = [f"--source={text}", f"--output={self.corpus}", "--vocab_size=300", "--heldout_fraction=0.3"]
+        subprocess.run(
+            [sys.executable, ROOT / "launch" / "prepare_data.py", *arguments],
+            env=self._environment, check=True, capture_output=True,
+        )  # fmt: skip
+
+    def start(self, workdir: Path, *arguments: str, num_devices: int = 1) -> subprocess.Popen:
+        flags = f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"
+        command = [
+            sys.executable, ROOT / "launch" / "train.py", f"--config={self.config}", f"--workdir={workdir}",
+            f"--config.data.corpus={self.corpus}", *arguments,
+        ]  # fmt: skip
+        return subprocess.Popen(
+            command, env=self._environment | {"XLA_FLAGS": flags}, start_new_session=True, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def finish(self, workdir: Path, *arguments: str, num_devices: int = 1) -> tuple[int, str]:
+        """Returns exit code and output of a run left alone."""
+        process = self.start(workdir, *arguments, num_devices=num_devices)
+        output, _ = process.communicate(timeout=600)
+        return process.returncode, output
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory) -> Launcher:
+    return Launcher(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(launcher, tmp_path_factory) -> Path:
+    """The workdir of a run that nobody stopped."""
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    code, output = launcher.finish(workdir)
+    assert code == 0, output
+    return workdir
