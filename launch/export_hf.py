@@ -22,8 +22,8 @@ OUTPUT = flags.DEFINE_string("output", None, "Hugging Face directory to write; d
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(hf.LAYOUTS), "weights: fp8 is the published 128x128-block layout")
 STEP = flags.DEFINE_integer("step", None, "optimizer step of the checkpoint; not given: the newest")
 EMA = flags.DEFINE_bool("ema", False, "the moving average of the parameters instead of the last ones")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "directory whose tokenizer files are copied; not given: the "
-                                "tokenizer of the run's corpus; empty: none")  # fmt: skip
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "directory whose tokenizer files are copied; not given: "
+                                "tokenizer/ of the workdir or else of its corpus; empty: none")  # fmt: skip
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "list the tensors of an export of --config; write nothing")
 config_flags.define()
 
@@ -45,6 +45,9 @@ def main() -> None:
 def tokenizer_directory(config: RunConfig) -> pathlib.Path | None:
     if TOKENIZER.value is not None:
         return pathlib.Path(TOKENIZER.value) if TOKENIZER.value else None
+    of_workdir = pathlib.Path(WORKDIR.value) / "tokenizer"
+    if of_workdir.is_dir():
+        return of_workdir
     return pathlib.Path(config.data.corpus) / "tokenizer" if config.data.corpus else None
 
 

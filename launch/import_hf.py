@@ -2,10 +2,13 @@
 
     python launch/import_hf.py --hf=downloads/my-deepseek-v3 --workdir=runs/continued
 
-The network is that of the directory. The recipe is the report's, or that of --config, changed by --config.x.y=.
+The network is that of the directory; its tokenizer goes to tokenizer/ of the workdir. The recipe is the report's, or
+that of --config, changed by --config.x.y=.
 """
 
 import dataclasses
+import pathlib
+import shutil
 
 import jax
 from absl import flags
@@ -23,6 +26,7 @@ def main() -> None:
     config = run_config(hf.read_config(HF.value))
     params = hf.load_params(HF.value, config.model, dtype="float32")
     training.save_params(WORKDIR.value, config, jax.tree.map(jax.device_put, params))
+    copy_tokenizer(pathlib.Path(HF.value), pathlib.Path(WORKDIR.value) / "tokenizer")
     print(f"{WORKDIR.value}: step 0, {config.model.num_hidden_layers} layers, "
           f"{config.model.num_nextn_predict_layers} MTP modules")  # fmt: skip
 
@@ -36,6 +40,15 @@ def run_config(model: ModelConfig) -> RunConfig:
     else:
         base = dataclasses.replace(config_flags.load(path), model=model)
     return override(base, config_flags.overrides())
+
+
+def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies the tokenizer's files, if the directory has one."""
+    if (source / "tokenizer.json").is_file():
+        target.mkdir()
+        for name in hf.TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
 
 
 if __name__ == "__main__":
