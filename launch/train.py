@@ -19,7 +19,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints, metri
 def main() -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    if train(config_flags.resolve(), _WORKDIR.value) == signal.SIGINT:
+    try:
+        stopped_by = train(config_flags.resolve(), _WORKDIR.value)
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
+    if stopped_by == signal.SIGINT:
         sys.exit(128 + signal.SIGINT)
 
 

@@ -9,6 +9,7 @@ training goes on.
 
 import errno
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 
 from dsv3_jax.config import RunConfig, from_json, require, settings, to_json
 from dsv3_jax.model import param_specs
@@ -32,6 +34,15 @@ FREE_SETTINGS = (
     "train.eval_every_steps", "train.eval_sequences", "train.checkpoint_every_steps", "train.checkpoints_to_keep",
     "train.checkpoint_keep_every_steps", "train.peak_tflops",
 )  # fmt: skip
+
+
+def _is_worth_showing(record: logging.LogRecord) -> bool:
+    """Drops what Orbax logs of a failure, thread by thread, before it raises it; `--verbosity=1` shows all."""
+    is_raised_too = record.levelno >= logging.ERROR and "orbax" in record.pathname
+    return not is_raised_too or absl_logging.get_verbosity() >= absl_logging.DEBUG
+
+
+absl_logging.get_absl_logger().addFilter(_is_worth_showing)
 
 
 class TrainingCheckpoints:

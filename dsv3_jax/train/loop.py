@@ -4,10 +4,12 @@ Order of what happens after step n, so that a kill at any moment repeats steps b
 average, metrics of every step up to n, held-out evaluation, checkpoint of step n.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import jax
 
 from dsv3_jax.checkpoint.training import TrainingCheckpoints, newest_step, read_run, require_same_run, saved_items
 from dsv3_jax.config import RunConfig, require
-from dsv3_jax.data import Corpus, TrainBatches, heldout_windows, open_corpus
+from dsv3_jax.data import Corpus, Tokenizer, TrainBatches, heldout_windows, open_corpus
+from dsv3_jax.data.prepared import TOKENIZER
 from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.train import schedule
 from dsv3_jax.train.ema import host_structs, init_ema, update_ema
@@ -39,7 +42,8 @@ class Progress:
 def train(config: RunConfig, workdir: str | Path) -> signal.Signals | None:
     """Trains until the configured end, or until SIGTERM or SIGINT; the last step is saved either way.
 
-    Writes into the workdir: config.json, checkpoints/, metrics.jsonl, tensorboard/, loss.png, expert_load.png.
+    Writes into the workdir: config.json, tokenizer/, checkpoints/, metrics.jsonl, tensorboard/, loss.png,
+    expert_load.png.
 
     Returns:
       The signal that ended the run early, None at its end.
@@ -53,14 +57,16 @@ def train(config: RunConfig, workdir: str | Path) -> signal.Signals | None:
     mesh = make_mesh(config.mesh)
     train_step = make_train_step(config, mesh)
     corpus = open_usable_corpus(config)
+    require_same_tokenizer(workdir, corpus)
     progress = read_progress(workdir, config, corpus)
     batches = TrainBatches(
         corpus, sequence_length=config.data.sequence_length, seed=config.train.seed, position=progress.position,
         prefetch_windows=config.data.prefetch_windows,
     )  # fmt: skip
     evaluate = _make_heldout_evaluation(config, mesh, corpus)
-    checkpoints = TrainingCheckpoints(workdir, config)
-    with jax.set_mesh(mesh), Screen() as screen, _StopSignals() as stop_signals:
+    with jax.set_mesh(mesh), Screen() as screen, _StopSignals() as stop_signals, contextlib.closing(batches):
+        checkpoints = TrainingCheckpoints(workdir, config)
+        copy_tokenizer(workdir, corpus)
         state, ema = _start_or_resume(config, mesh, checkpoints, workdir, screen)
         reporter = _Reporter(config, workdir, progress.step, screen, num_devices=mesh.size)
         is_saved, is_evaluated = newest_step(workdir) == progress.step, progress.step > 0
@@ -72,16 +78,17 @@ def train(config: RunConfig, workdir: str | Path) -> signal.Signals | None:
             progress.step += 1
             progress.tokens += settings.batch_size * config.data.sequence_length
             progress.position = batches.position
-            if config.train.ema_decay and progress.step % config.train.ema_every_steps == 0:
+            if is_due(progress.step, config.train.ema_every_steps) and config.train.ema_decay:
                 ema = update_ema(config, ema, state.params, is_good=metrics["is_good"])
             reporter.report(dataclasses.replace(progress), settings, metrics)
 
             is_evaluated = is_due(progress.step, config.train.eval_every_steps)
+            is_saved = is_due(progress.step, config.train.checkpoint_every_steps)
+            if is_evaluated or is_saved:
+                reporter.flush()
             if is_evaluated:
                 reporter.report_heldout(progress, evaluate(state.params))
-            is_saved = is_due(progress.step, config.train.checkpoint_every_steps)
             if is_saved:
-                reporter.flush()
                 save(checkpoints, state, ema, progress)
 
         reporter.flush()
@@ -89,7 +96,6 @@ def train(config: RunConfig, workdir: str | Path) -> signal.Signals | None:
             reporter.report_heldout(progress, evaluate(state.params))
         if not is_saved:
             save(checkpoints, state, ema, progress)
-        batches.close()
         checkpoints.close()
         reporter.close()
         for path in write_plots(workdir):
@@ -110,6 +116,23 @@ def open_usable_corpus(config: RunConfig) -> Corpus:
             config.train.eval_every_steps, f"{config.data.corpus} has no held-out documents; prepare a corpus "
             "with some, or set 0")  # fmt: skip
     return corpus
+
+
+def require_same_tokenizer(workdir: str | Path, corpus: Corpus) -> None:
+    """Raises a ValueError when the workdir holds another tokenizer than the corpus was encoded with."""
+    directory = Path(workdir) / TOKENIZER
+    if directory.exists():
+        require(Tokenizer.load(directory).sha256 == corpus.tokenizer.sha256, "data.corpus", str(corpus.directory),
+                f"was encoded with another tokenizer than {directory} holds; prepare the corpus with "
+                f"--tokenizer={directory}")  # fmt: skip
+
+
+def copy_tokenizer(workdir: str | Path, corpus: Corpus) -> None:
+    """Puts the corpus's tokenizer into the workdir, atomically, unless it is there."""
+    directory, temporary = Path(workdir) / TOKENIZER, Path(workdir) / f".{TOKENIZER}.tmp"
+    if not directory.exists():
+        shutil.copytree(corpus.directory / TOKENIZER, temporary, dirs_exist_ok=True)
+        temporary.rename(directory)
 
 
 def read_progress(workdir: str | Path, config: RunConfig, corpus: Corpus) -> Progress:
@@ -215,7 +238,6 @@ class _Reporter:
 
     def report_heldout(self, progress: Progress, score) -> None:
         """Logs an evaluation of the held-out text."""
-        self.flush()
         self._log.write({
             "kind": "heldout", "step": progress.step, "tokens": progress.tokens,
             "bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity,

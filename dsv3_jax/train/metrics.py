@@ -34,9 +34,18 @@ class RunLog:
         self._tensorboard = tensorboardX.SummaryWriter(str(Path(workdir) / TENSORBOARD), purge_step=start_step + 1)
 
     def write(self, record: dict) -> None:
-        """Appends a record with `kind` and `step`, flushed; numbers that are not finite become null."""
-        self._file.write(json.dumps({name: _finite_or_none(value) for name, value in record.items()}) + "\n")
-        self._file.flush()
+        """Appends a record with `kind` and `step`, flushed; numbers that are not finite become null.
+
+        Raises:
+          OSError: the line cannot be written, e.g. on a full disk; names the file.
+        """
+        line = json.dumps({name: _finite_or_none(value) for name, value in record.items()}) + "\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; make room and start the same command again",
+                          str(self._path)) from error  # fmt: skip
         for name, value in record.items():
             if name not in ("kind", "step") and isinstance(value, int | float):
                 self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])

@@ -14,14 +14,13 @@ matplotlib.use("Agg")
 def write_plots(workdir: str | Path) -> list[Path]:
     """Writes loss.png and, for a model with experts, expert_load.png into the workdir; returns their paths.
 
-    Raises:
-      ValueError: the workdir has no metrics of training steps.
+    Without metrics of training steps there is nothing to draw.
     """
     records = read_records(workdir)
     train = [record for record in records if record["kind"] == "train" and record["loss"] is not None]
     heldout = [record for record in records if record["kind"] == "heldout"]
     if not train:
-        raise ValueError(f"workdir={str(workdir)!r}: has no metrics of training steps; train first")
+        return []
     paths = [_write(Path(workdir) / "loss.png", lambda axes: draw_loss(axes, train, heldout))]
     if "expert_load_max_over_mean" in train[0]:
         paths.append(_write(Path(workdir) / "expert_load.png", lambda axes: draw_expert_load(axes, train)))
