@@ -27,5 +27,6 @@ def init_cache(config: ModelConfig, batch_size: int, max_length: int) -> Cache:
     require(max_length <= config.max_position_embeddings, "cache length", max_length,
             f"exceeds model.max_position_embeddings={config.max_position_embeddings}")  # fmt: skip
     width = config.kv_lora_rank + config.qk_rope_head_dim
-    empty = jnp.zeros((batch_size, max_length, width), compute_dtype(config))
-    return Cache((empty,) * config.num_hidden_layers, jnp.zeros(batch_size, jnp.int32))
+    shape, dtype = (batch_size, max_length, width), compute_dtype(config)
+    latents = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))  # own buffers: may be donated
+    return Cache(latents, jnp.zeros(batch_size, jnp.int32))

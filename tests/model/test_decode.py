@@ -74,6 +74,13 @@ def test_absorbed_attention_equals_expanded_attention_for_many_new_tokens():
     assert_close(cache[:, :9], latents, FLOAT32_VALUES)
 
 
+def test_an_empty_cache_can_be_donated():
+    """No two layers share a buffer."""
+    cache = model.init_cache(small_config(), 2, 4)
+    continued = jax.jit(lambda cache: jax.tree.map(lambda leaf: leaf + 1, cache), donate_argnums=0)(cache)
+    np.testing.assert_array_equal(continued.lengths_B, 1)
+
+
 def test_a_row_does_not_see_the_others_nor_the_future():
     """Changing the last token of one row changes nothing before it and nothing in other rows."""
     config = small_config()
