@@ -1,4 +1,4 @@
-"""A DeepSeek-V3 in miniature that learns real text on a laptop: every part of the model at a hundred-thousandth of its size.
+"""Trains every part of DeepSeek-V3, at a hundred-thousandth of its size, on real text on a laptop.
 
 Command:   python launch/train.py --config=configs/tiny.py --config.data.corpus=runs/corpus --workdir=runs/tiny
 Hardware:  2 CPU cores.

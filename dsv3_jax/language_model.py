@@ -114,7 +114,7 @@ def load_hf(directory: str | os.PathLike, *, dtype: str = "bfloat16") -> Languag
     """
     require(dtype in PRECISION_OF_DTYPE, "dtype", dtype, f"choose one of {tuple(PRECISION_OF_DTYPE)}")
     config = dataclasses.replace(hf.read_config(directory), precision=PRECISION_OF_DTYPE[dtype])
-    params = jax.tree.map(jnp.asarray, hf.load_params(directory, config, dtype=dtype))
+    params = jax.device_put(hf.load_params(directory, config, dtype=dtype))
     return LanguageModel(config, params, *_find_tokenizer(pathlib.Path(directory), config))
 
 

@@ -69,11 +69,30 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (x_float * inverse_rms * weight).astype(x.dtype)
 
 
-@keeping_only_inputs
+@jax.custom_vjp
 def swiglu(gate_up: jax.Array) -> jax.Array:
     """Returns silu(gate) · up of [..., 2, F], computed in float32, in the input's dtype."""
-    gate, up = gate_up[..., 0, :].astype(jnp.float32), gate_up[..., 1, :].astype(jnp.float32)
+    gate, up = _gate_and_up(gate_up)
     return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
+
+
+def _swiglu_forward(gate_up):
+    return swiglu(gate_up), gate_up
+
+
+def _swiglu_backward(gate_up, dhidden):
+    gate, up = _gate_and_up(gate_up)
+    dhidden, sigmoid = dhidden.astype(jnp.float32), jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    dgate = dhidden * up * (sigmoid + silu * (1 - sigmoid))
+    return (jnp.stack([dgate, dhidden * silu], axis=-2).astype(gate_up.dtype),)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _gate_and_up(gate_up: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gate_up[..., 0, :].astype(jnp.float32), gate_up[..., 1, :].astype(jnp.float32)
 
 
 class FeedForward(nnx.Module):

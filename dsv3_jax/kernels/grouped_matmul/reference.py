@@ -13,10 +13,10 @@ LARGEST_BLOCK = 256  # a block of rows and its product stay in a core's L2 cache
 
 
 def row_alignment(num_rows: int, num_groups: int) -> int:
-    """Returns the rows of a block: half a group's mean, for little padding, but up to 8 the whole mean, since reading a
-    group's matrix then costs more than multiplying with it."""
+    """Returns the rows of a block: a quarter of a group's mean, for little padding, but up to 8 the whole mean, since
+    reading a group's matrix then costs more than multiplying with it."""
     mean = max(1, num_rows // num_groups)
-    return min(LARGEST_BLOCK, 1 << (max(mean // 2, min(mean, 8)) - 1).bit_length())
+    return min(LARGEST_BLOCK, 1 << (max(mean // 4, min(mean, 8)) - 1).bit_length())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
