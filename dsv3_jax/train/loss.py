@@ -29,7 +29,7 @@ def training_loss(config: RunConfig, params: dict, tokens_BT1: jax.Array, *, mtp
     total = main + λ/D · Σ_k L_k + α · balance (§2.1.2, §2.2 equations 24 and 25).
 
     Args:
-      params: parameters in compute precision; lm_head may stay float32, and its gradient then is.
+      params: float32 master weights; they are rounded where they are used, and their gradients are float32 (§3.3.2).
       tokens_BT1: int32 [B, T+1]; the last T are the targets.
       mtp_loss_weight: λ.
       num_batch_shards: devices that B spreads over; `train.loss_chunk_tokens` counts tokens of one device.

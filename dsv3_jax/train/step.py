@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from dsv3_jax.config import RunConfig, require
-from dsv3_jax.model import cast_params, param_specs
+from dsv3_jax.model import param_specs
 from dsv3_jax.sharding.mesh import num_batch_shards
 from dsv3_jax.sharding.rules import batch_sharding, param_sharding, replicated
 from dsv3_jax.train.loss import Losses, training_loss
@@ -47,7 +47,7 @@ def make_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainStep:
     loss = functools.partial(training_loss, config, num_batch_shards=num_shards)
 
     def step(state: TrainState, tokens_ABT: jax.Array, scalars: dict) -> tuple[TrainState, dict]:
-        params = jax.lax.with_sharding_constraint(compute_params(config, state.params), compute_shardings)
+        params = jax.lax.with_sharding_constraint(state.params, compute_shardings)
         gradient = jax.grad(functools.partial(loss, mtp_loss_weight=scalars["mtp_loss_weight"]), has_aux=True)
         grads, losses, tokens_per_expert = _sum_over_passes(gradient, params, tokens_ABT, scalars["num_passes"])
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
@@ -79,12 +79,6 @@ def split_batch(config: RunConfig, tokens_BT: np.ndarray) -> np.ndarray:
     tokens_ABT = tokens_BT.reshape(-1, rows, tokens_BT.shape[1])
     unused = config.train.max_passes - len(tokens_ABT)
     return np.pad(tokens_ABT, ((0, unused), (0, 0), (0, 0)))
-
-
-def compute_params(config: RunConfig, params: dict) -> dict:
-    """Casts the master weights for a step, but embedding and head: cast where used, their gradients sum in float32."""
-    kept = {name: params[name] for name in ("embed_tokens", "lm_head")}
-    return cast_params(config.model, params) | kept
 
 
 def update_state(config: RunConfig, state: TrainState, grads: dict, losses: Losses, tokens_per_expert: dict,
