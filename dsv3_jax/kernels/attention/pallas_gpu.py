@@ -421,29 +421,45 @@ def key_value_gradients(
                 b, h, block = tile
                 plgpu.barrier_wait(v_full)
 
-                def differentiate_block(_, carry):
-                    slot, weights_slot, acc = carry
+                def multiply_values(slot, meanwhile):
                     plgpu.barrier_wait(dout_full.at[slot])
 
                     def multiply(acc_ref):
                         plgpu.wgmma(acc_ref, v_smem, dout_smem.at[slot].T)
-                        plgpu.barrier_wait(weights_full.at[weights_slot])
-                        weights = plgpu.layout_cast(weights_smem[weights_slot], plgpu.Layout.WGMMA)
-                        column_delta = plgpu.layout_cast(delta_smem[slot], COLUMN_VECTOR)
-                        return weights, column_delta, acc_ref[...]
+                        done = meanwhile()
+                        return acc_ref[...], done
 
-                    weights, column_delta, dweights = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+                    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+                def differentiate_scores(slot, weights_slot, dweights):
+                    column_delta = plgpu.layout_cast(delta_smem[slot], COLUMN_VECTOR)
                     dweights = dweights - lax.broadcast_in_dim(column_delta, shape, [1])
+                    plgpu.barrier_wait(weights_full.at[weights_slot])
+                    weights = plgpu.layout_cast(weights_smem[weights_slot], plgpu.Layout.WGMMA)
                     dscores = (weights.astype(jnp.float32) * dweights).astype(dtype)
                     plgpu.commit_smem()  # orders the read of delta before its refill
                     plgpu.barrier_arrive(weights_free.at[weights_slot])
                     plgpu.barrier_arrive(dout_free.at[slot])
+                    return dscores
+
+                def multiply_queries(slot, dscores, acc):
                     plgpu.barrier_wait(q_full.at[slot])
                     acc = _accumulate(acc, lambda acc_ref: plgpu.wgmma(acc_ref, dscores, q_smem.at[slot]))
                     plgpu.barrier_arrive(q_free.at[slot])
-                    return _next(slot, stages), 1 - weights_slot, acc
+                    return acc
 
-                carry = lax.fori_loop(block, num_blocks, differentiate_block, (*carry, _zeros((ROWS, width))))
+                def differentiate_block(_, carry):
+                    slot, weights_slot, dweights, acc = carry
+                    differentiate = functools.partial(differentiate_scores, slot, weights_slot, dweights)
+                    next_dweights, dscores = multiply_values(_next(slot, stages), differentiate)
+                    return _next(slot, stages), 1 - weights_slot, next_dweights, multiply_queries(slot, dscores, acc)
+
+                slot, weights_slot = carry
+                dweights, _ = multiply_values(slot, lambda: None)
+                carry = (slot, weights_slot, dweights, _zeros((ROWS, width)))
+                slot, weights_slot, dweights, acc = lax.fori_loop(block, num_blocks - 1, differentiate_block, carry)
+                acc = multiply_queries(slot, differentiate_scores(slot, weights_slot, dweights), acc)
+                carry = (_next(slot, stages), 1 - weights_slot, acc)
                 plgpu.barrier_arrive(v_free)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 dk_smem[...] = (carry[2] * scale).astype(dtype)

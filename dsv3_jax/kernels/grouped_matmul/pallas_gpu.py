@@ -11,6 +11,8 @@ the epilogue; each of the others multiplies 64 rows of the tile and keeps its fl
 64-deep step moves 48 KiB for 1024 cycles of tensor-core time.
 """
 
+import functools
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -71,23 +73,32 @@ def rows_times_weights(
     columns = w_EKN.shape[1] if weights_are_transposed else w_EKN.shape[2]
     if tile is None:
         tile = tuned.rows_times_weights(num_rows, columns, contraction)
-    group_of_tile, num_live_tiles = _row_tiles(group_sizes_E, num_rows // ROW_ALIGNMENT)
+    bundles = _bundles(group_sizes_E, num_rows // ROW_ALIGNMENT, tile.cluster)
 
-    def load_blocks(refs, position, step):
-        x_ref, w_ref, group_of_tile_ref, _ = refs
-        row, column = position
-        steps = pl.ds(step * STEP, STEP)
-        out_columns = pl.ds(column * tile.columns, tile.columns)
-        w_slice = (out_columns, steps) if weights_are_transposed else (steps, out_columns)
-        return x_ref.at[pl.ds(row * tile.rows, tile.rows), steps], w_ref.at[group_of_tile_ref[row], *w_slice]
+    def blocks_of(refs, _, bundle, row, column):
+        x_ref, w_ref, group_of_bundle_ref, *_ = refs
+        group = group_of_bundle_ref[bundle]
+        rows, out_columns = pl.ds(row * tile.rows, tile.rows), pl.ds(column * tile.columns, tile.columns)
+
+        def blocks_of_step(step):
+            steps = pl.ds(step * STEP, STEP)
+            w_slice = (out_columns, steps) if weights_are_transposed else (steps, out_columns)
+            return x_ref.at[rows, steps], w_ref.at[group, *w_slice]
+
+        return blocks_of_step
+
+    def row_of(refs, bundle, rank):
+        *_, first_tile_ref, last_tile_ref, _ = refs
+        return jnp.minimum(first_tile_ref[bundle] + rank, last_tile_ref[bundle])
 
     return _persistent_matmul(
-        (x_MK, w_EKN, group_of_tile, num_live_tiles),
+        (x_MK, w_EKN, *bundles),
         out_type=jax.ShapeDtypeStruct((num_rows, columns), x_MK.dtype),
         tile=tile,
-        grid=(1, num_rows // tile.rows, pl.cdiv(columns, tile.columns)),
-        num_steps=lambda refs, _, row: jnp.where(row < refs[3][0], contraction // STEP, 0),
-        load_blocks=lambda refs, _, row, column, step: load_blocks(refs, (row, column), step),
+        grid=(1, bundles.group.shape[0], pl.cdiv(columns, tile.columns)),
+        num_steps=lambda refs, _, bundle: jnp.where(bundle < refs[-1][0], contraction // STEP, 0),
+        row_of=row_of,
+        blocks_of=blocks_of,
         out_block=lambda out_ref, _, rows, out_columns: out_ref.at[rows, out_columns],
         lhs_is_transposed=False,
         rhs_is_transposed=weights_are_transposed,
@@ -111,31 +122,61 @@ def weight_gradient(
     blocks_E = -(-group_sizes_E // ROW_ALIGNMENT) * (ROW_ALIGNMENT // STEP)
     starts_E = jnp.cumsum(blocks_E) - blocks_E
 
-    def load_blocks(refs, group, row, column, step):
+    def blocks_of(refs, group, _, row, column):
         x_ref, dy_ref, starts_ref, _ = refs
-        rows = pl.ds((starts_ref[group] + step) * STEP, STEP)
-        return x_ref.at[rows, pl.ds(row * tile.rows, tile.rows)], dy_ref.at[
-            rows, pl.ds(column * tile.columns, tile.columns)
-        ]
+        start = starts_ref[group]
+        x_columns, dy_columns = pl.ds(row * tile.rows, tile.rows), pl.ds(column * tile.columns, tile.columns)
+
+        def blocks_of_step(step):
+            rows = pl.ds((start + step) * STEP, STEP)
+            return x_ref.at[rows, x_columns], dy_ref.at[rows, dy_columns]
+
+        return blocks_of_step
 
     return _persistent_matmul(
         (x_MK, dy_MN, starts_E, blocks_E),
         out_type=jax.ShapeDtypeStruct((num_groups, width, columns), out_dtype),
         tile=tile,
-        grid=(num_groups, pl.cdiv(width, tile.rows), pl.cdiv(columns, tile.columns)),
+        grid=(num_groups, pl.cdiv(width, tile.rows * tile.cluster), pl.cdiv(columns, tile.columns)),
         num_steps=lambda refs, group, _: refs[3][group],
-        load_blocks=load_blocks,
+        row_of=lambda _, bundle, rank: bundle * tile.cluster + rank,
+        blocks_of=blocks_of,
         out_block=lambda out_ref, group, rows, out_columns: out_ref.at[group, rows, out_columns],
         lhs_is_transposed=True,
         rhs_is_transposed=False,
     )
 
 
-def _row_tiles(group_sizes_E: jax.Array, num_tiles: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the group of every row tile, int32 [num_tiles], and the number of tiles that hold rows, int32 [1]."""
-    last_tile_E = jnp.cumsum(-(-group_sizes_E // ROW_ALIGNMENT)).astype(jnp.int32)
-    group_of_tile = jnp.searchsorted(last_tile_E, jnp.arange(num_tiles), side="right", method="compare_all")
-    return jnp.minimum(group_of_tile, group_sizes_E.shape[0] - 1).astype(jnp.int32), last_tile_E[-1:]
+class _Bundles(typing.NamedTuple):
+    """The row tiles that a cluster takes together: of one group, so that they share its weights."""
+
+    group: jax.Array  # int32 per bundle
+    first_tile: jax.Array  # int32 per bundle
+    last_tile: jax.Array  # int32 per bundle: of its group; a cluster with fewer tiles than blocks repeats this one
+    num_live: jax.Array  # int32 [1]: later bundles hold no rows, only tiles to be zeroed
+
+
+def _bundles(group_sizes_E: jax.Array, num_tiles: int, size: int) -> _Bundles:
+    """Bundles the row tiles of every group, then those past the last group; bundles left over lie outside the rows."""
+    (num_groups,) = group_sizes_E.shape
+    live_tiles_E = -(-group_sizes_E // ROW_ALIGNMENT)
+    tiles = jnp.append(live_tiles_E, num_tiles - live_tiles_E.sum())
+    bundles_end = jnp.cumsum(-(-tiles // size))
+    tiles_end = jnp.cumsum(tiles)
+    num_bundles = (num_tiles + (num_groups + 1) * (size - 1)) // size
+    index = jnp.arange(num_bundles)
+    group = jnp.searchsorted(bundles_end, index, side="right", method="compare_all")
+    is_left_over = group > num_groups
+    group = jnp.minimum(group, num_groups)
+    first_bundle = bundles_end[group] - -(-tiles[group] // size)
+    first_tile = tiles_end[group] - tiles[group] + (index - first_bundle) * size
+    int32 = functools.partial(jnp.asarray, dtype=jnp.int32)
+    return _Bundles(
+        group=int32(jnp.minimum(group, num_groups - 1)),
+        first_tile=int32(jnp.where(is_left_over, num_tiles, first_tile)),
+        last_tile=int32(jnp.where(is_left_over, num_tiles, tiles_end[group] - 1)),
+        num_live=int32(bundles_end[num_groups - 1 : num_groups]),
+    )
 
 
 def _persistent_matmul(
@@ -145,47 +186,51 @@ def _persistent_matmul(
     tile: tuned.Tile,
     grid: tuple[int, int, int],
     num_steps: Callable,
-    load_blocks: Callable,
+    row_of: Callable,
+    blocks_of: Callable,
     out_block: Callable,
     lhs_is_transposed: bool,
     rhs_is_transposed: bool,
 ) -> jax.Array:
-    """Runs the pipeline over a (group, row tile, column tile) grid of output tiles.
+    """Runs the pipeline over a (group, bundle, column tile) grid; a cluster of blocks takes a bundle of row tiles.
 
     Args:
       operands: arrays in device memory; the callables get their references.
       out_type: shape and dtype of the result.
       tile: shape of the work of one thread block.
-      grid: number of groups, row tiles and column tiles.
-      num_steps: (references, group, row tile) -> how many stages of the contraction this tile has, may be 0.
-      load_blocks: (references, group, row tile, column tile, step) -> references to the two blocks of a stage.
+      grid: number of groups, bundles and column tiles.
+      num_steps: (references, group, bundle) -> how many stages of the contraction its tiles have, may be 0.
+      row_of: (references, bundle, rank in the cluster) -> row tile.
+      blocks_of: (references, group, bundle, row tile, column tile) -> function from a step to the references of its
+        two blocks; the right one is the same for all thread blocks of a cluster. What it reads of the tables it reads
+        once per tile: a load in the loop over steps would delay every copy.
       out_block: (output reference, group, rows, columns) -> reference to a block of the output.
       lhs_is_transposed: the left block is [step, rows] instead of [rows, step].
       rhs_is_transposed: the right block is [columns, step] instead of [step, columns].
     """
-    num_groups, num_row_tiles, num_column_tiles = grid
+    num_groups, num_bundles, num_column_tiles = grid
     dtype = operands[0].dtype
     stages, warpgroups, cluster = tile.stages, tile.warpgroups, tile.cluster
-    column_clusters = pl.cdiv(num_column_tiles, cluster)
-    tiles_per_group = num_row_tiles * column_clusters
-    num_blocks = tuned.NUM_SMS // cluster
+    tiles_per_group = num_bundles * num_column_tiles
+    num_clusters = tuned.NUM_SMS // cluster
     width, columns = out_type.shape[-2:]
+    may_lie_outside = (
+        width % (tile.rows * cluster) or columns % tile.columns or num_bundles * cluster * tile.rows > width
+    )
 
     # The body is one function because the two roles share barriers, buffers and the order of tiles.
     def body(*refs):
         *in_refs, out_ref, lhs_smem, rhs_smem, out_smem, full, empty = refs
-        warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        num_tiles = lax.div(num_groups * tiles_per_group - block + num_blocks - 1, num_blocks)
+        warpgroup, first = lax.axis_index("warpgroup"), lax.axis_index("first")
+        rank = lax.axis_index("rank") if cluster > 1 else 0
+        num_tiles = lax.div(num_groups * tiles_per_group - first + num_clusters - 1, num_clusters)
 
         def position(index):
-            linear = block + index * num_blocks
-            group = lax.div(linear, tiles_per_group)
-            row, column = plgpu.planar_snake(
-                lax.rem(linear, tiles_per_group), (num_row_tiles, column_clusters), 0, tile.raster_rows
+            linear = first + index * num_clusters
+            bundle, column = plgpu.planar_snake(
+                lax.rem(linear, tiles_per_group), (num_bundles, num_column_tiles), 0, tile.raster_rows // cluster
             )
-            if cluster > 1:
-                column = column * cluster + lax.axis_index("cluster")
-            return group, row, column
+            return lax.div(linear, tiles_per_group), bundle, row_of(in_refs, bundle, rank), column
 
         def next_slot(slot):
             return jnp.where(slot == stages - 1, 0, slot + 1)
@@ -198,17 +243,18 @@ def _persistent_matmul(
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
             def load_tile(index, slot):
-                group, row, column = position(index)
+                group, bundle, row, column = position(index)
+                blocks_of_step = blocks_of(in_refs, group, bundle, row, column)
 
                 def load_step(step, slot):
                     plgpu.barrier_wait(empty.at[slot])
-                    lhs_block, rhs_block = load_blocks(in_refs, group, row, column, step)
-                    shared = {"collective_axes": ("cluster",)} if cluster > 1 else {}
-                    plgpu.copy_gmem_to_smem(lhs_block, lhs_smem.at[slot], full.at[slot], **shared)
-                    plgpu.copy_gmem_to_smem(rhs_block, rhs_smem.at[slot], full.at[slot])
+                    lhs_block, rhs_block = blocks_of_step(step)
+                    plgpu.copy_gmem_to_smem(lhs_block, lhs_smem.at[slot], full.at[slot])
+                    shared = {"collective_axes": ("rank",)} if cluster > 1 else {}
+                    plgpu.copy_gmem_to_smem(rhs_block, rhs_smem.at[slot], full.at[slot], **shared)
                     return next_slot(slot)
 
-                return lax.fori_loop(0, num_steps(in_refs, group, row), load_step, slot)
+                return lax.fori_loop(0, num_steps(in_refs, group, bundle), load_step, slot)
 
             slot = lax.fori_loop(0, num_tiles, load_tile, jnp.int32(0))
 
@@ -216,7 +262,7 @@ def _persistent_matmul(
                 plgpu.barrier_wait(empty.at[slot])
                 return next_slot(slot)
 
-            lax.fori_loop(0, stages - 1, drain, slot)
+            lax.fori_loop(0, stages - tile.in_flight, drain, slot)
 
         @pl.when(warpgroup < warpgroups)
         def _consume():
@@ -224,12 +270,12 @@ def _persistent_matmul(
             own_rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
             # Every step frees the slot before its own; the first one thereby opens the last slot.
-            @pl.loop(0, stages - 1)
+            @pl.loop(0, stages - tile.in_flight)
             def _(slot):
                 plgpu.barrier_arrive(empty.at[slot])
 
             def multiply_tile(index, slot):
-                group, row, column = position(index)
+                group, bundle, row, column = position(index)
 
                 def accumulate(acc_ref):
                     def multiply_step(_, slot):
@@ -237,11 +283,11 @@ def _persistent_matmul(
                         lhs = lhs_smem.at[slot, :, own_rows].T if lhs_is_transposed else lhs_smem.at[slot, own_rows]
                         rhs = rhs_smem.at[slot].T if rhs_is_transposed else rhs_smem.at[slot]
                         plgpu.wgmma(acc_ref, lhs, rhs)
-                        plgpu.wgmma_wait(1)
-                        plgpu.barrier_arrive(empty.at[last_slot(slot)])
+                        plgpu.wgmma_wait(tile.in_flight)
+                        plgpu.barrier_arrive(empty.at[last_slot(slot) if tile.in_flight else slot])
                         return next_slot(slot)
 
-                    slot_after = lax.fori_loop(0, num_steps(in_refs, group, row), multiply_step, slot)
+                    slot_after = lax.fori_loop(0, num_steps(in_refs, group, bundle), multiply_step, slot)
                     return acc_ref[...], slot_after
 
                 acc, slot = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, tile.columns), jnp.float32))
@@ -259,7 +305,7 @@ def _persistent_matmul(
                         out_columns = pl.ds(first_column, tile.store_columns)
                         plgpu.copy_smem_to_gmem(buffer, out_block(out_ref, group, rows, out_columns))
 
-                    if width % tile.rows or columns % (tile.columns * cluster):
+                    if may_lie_outside:
                         pl.when((first_row < width) & (first_column < columns))(store)
                     else:
                         store()
@@ -272,16 +318,16 @@ def _persistent_matmul(
     rhs_shape = (tile.columns, STEP) if rhs_is_transposed else (STEP, tile.columns)
     out_shape = (warpgroups, tile.store_slots, WARPGROUP_ROWS, tile.store_columns)
     if cluster > 1:
-        cluster_args = {"cluster": (cluster,), "cluster_names": ("cluster",)}
-        empty = plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=stages, num_arrivals=warpgroups)
+        cluster_args = {"cluster": (cluster,), "cluster_names": ("rank",)}
+        empty = plgpu.ClusterBarrier(collective_axes=("rank",), num_barriers=stages, num_arrivals=warpgroups)
     else:
         cluster_args = {}
         empty = plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups)
     return plgpu.kernel(
         body,
         out_type=out_type,
-        grid=(num_blocks,),
-        grid_names=("block",),
+        grid=(num_clusters,),
+        grid_names=("first",),
         **cluster_args,
         num_threads=warpgroups + 1,
         thread_name="warpgroup",

@@ -16,11 +16,12 @@ class Tile:
 
     warpgroups: int = 2
     columns: int = 256
+    in_flight: int = 1
     stages: int = 4  # 64-deep steps in shared memory at one time
     store_columns: int = 128  # columns per store to device memory
     store_slots: int = 1  # stores in flight per warpgroup
     raster_rows: int = 8  # row tiles swept together, so that their rows and weights meet in L2
-    cluster: int = 1  # neighbouring column tiles that share one load of the rows
+    cluster: int = 1  # thread blocks with row tiles of one group that share each load of its weights
 
     @property
     def rows(self) -> int:
