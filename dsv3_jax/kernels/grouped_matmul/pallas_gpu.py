@@ -31,8 +31,11 @@ PRODUCER_REGISTERS = 40  # 24 makes the producer spill
 
 @jax.custom_vjp
 def grouped_matmul(x_MK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """Multiplies each group's rows with its matrix; [M, N] in x's dtype, zero in tiles that hold no rows."""
-    return rows_times_weights(x_MK, w_EKN, group_sizes_E, weights_are_transposed=False)
+    """Multiplies each group's rows with its matrix; [M, N] in x's dtype, zero in tiles that hold no rows.
+
+    Weights of another dtype are rounded to x's for the products; their gradient has their own dtype.
+    """
+    return rows_times_weights(x_MK, w_EKN.astype(x_MK.dtype), group_sizes_E, weights_are_transposed=False)
 
 
 def _forward(x_MK, w_EKN, group_sizes_E):
@@ -41,7 +44,7 @@ def _forward(x_MK, w_EKN, group_sizes_E):
 
 def _backward(residuals, dy_MN):
     x_MK, w_EKN, group_sizes_E = residuals
-    dx_MK = rows_times_weights(dy_MN, w_EKN, group_sizes_E, weights_are_transposed=True)
+    dx_MK = rows_times_weights(dy_MN, w_EKN.astype(dy_MN.dtype), group_sizes_E, weights_are_transposed=True)
     dw_EKN = weight_gradient(x_MK, dy_MN, group_sizes_E, out_dtype=w_EKN.dtype)
     return dx_MK, dw_EKN, None
 
