@@ -49,13 +49,13 @@ def test_prefill_and_decode_continue_the_full_forward_at_every_position(changes)
     width = config.kv_lora_rank + config.qk_rope_head_dim  # all that a token leaves behind in a layer
     assert sum(leaf.size for leaf in jax.tree.leaves(empty.latents)) == config.num_hidden_layers * 3 * LENGTH * width
     logits_BV, cache = jit(functools.partial(model.prefill, config))(params, prompts, jnp.asarray(lengths_B), dirty)
-    decode_step = jit(functools.partial(model.decode_step, config))
+    decode_step, split_params = jit(functools.partial(model.decode_step, config)), model.split_layers(params)
     rows = np.arange(3)
     for step in range(LENGTH - lengths_B.max() + 1):
         np.testing.assert_array_equal(cache.lengths_B, lengths_B + step)
         assert_close(logits_BV, expected[rows, lengths_B + step - 1], FLOAT32_VALUES, f"step {step}")
         if step < LENGTH - lengths_B.max():
-            logits_BV, cache = decode_step(params, tokens_BT[rows, lengths_B + step], cache)
+            logits_BV, cache = decode_step(split_params, tokens_BT[rows, lengths_B + step], cache)
 
 
 def test_absorbed_attention_equals_expanded_attention_for_many_new_tokens():
