@@ -22,6 +22,7 @@ ALLOWED = {
     "serve": {"checkpoint", "data", "model", "sharding", "fp8", "kernels", "config"},
     "language_model": {"train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config"},
     "plan": {"train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config"},
+    "benchmarks": {"train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config"},
     "config_flags": {"config"},
     "testing": {"model", "sharding", "fp8", "kernels", "config"},
     "__init__": {"language_model", "config"},

@@ -61,9 +61,7 @@ def configs(draw) -> ModelConfig:
     )
 
 
-@settings(
-    max_examples=10, deadline=None, derandomize=True, print_blob=True, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=8, deadline=None, derandomize=True, print_blob=True, suppress_health_check=list(HealthCheck))
 @given(
     configs(),
     st.sampled_from([(1, 1), (1, 9), (2, 12), (3, 7)]),
