@@ -8,10 +8,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tensorboardX
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.train.flops import train_flops_per_token
@@ -31,28 +33,57 @@ class RunLog:
         self._path = Path(workdir) / METRICS_FILE
         _keep_lines_until(self._path, start_step)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, lives as long as the run
-        self._tensorboard = tensorboardX.SummaryWriter(str(Path(workdir) / TENSORBOARD), purge_step=start_step + 1)
+        self._tensorboard = _TensorBoard(Path(workdir) / TENSORBOARD, start_step)
 
     def write(self, record: dict) -> None:
         """Appends a record with `kind` and `step`, flushed; numbers that are not finite become null.
 
         Raises:
-          OSError: the line cannot be written, e.g. on a full disk; names the file.
+          OSError: it cannot be written, e.g. on a full disk; names the file.
         """
         line = json.dumps({name: _finite_or_none(value) for name, value in record.items()}) + "\n"
         try:
             self._file.write(line)
             self._file.flush()
+            self._tensorboard.write(record)
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror}; make room and start the same command again",
                           str(self._path)) from error  # fmt: skip
-        for name, value in record.items():
-            if name not in ("kind", "step") and isinstance(value, int | float):
-                self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def close(self) -> None:
         self._file.close()
         self._tensorboard.close()
+
+
+class _TensorBoard:
+    """Writes the numbers of records as TensorBoard events, in the calling thread.
+
+    tensorboardX's SummaryWriter hands them to a thread; when that one dies of a full disk, its caller waits forever.
+    """
+
+    FLUSH_SECONDS = 20
+
+    def __init__(self, directory: Path, start_step: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(directory / "events"))
+        restart = SessionLog(status=SessionLog.START)  # TensorBoard forgets earlier events from this step on
+        self._events.write_event(Event(wall_time=time.time(), step=start_step + 1, session_log=restart))
+        self._flushed = time.monotonic()
+
+    def write(self, record: dict) -> None:
+        values = [
+            Summary.Value(tag=f"{record['kind']}/{name}", simple_value=value)
+            for name, value in record.items()
+            if name not in ("kind", "step") and isinstance(value, int | float)
+        ]
+        event = Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values))
+        self._events.write_event(event)
+        if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 def read_records(workdir: str | Path) -> list[dict]:

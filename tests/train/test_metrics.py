@@ -1,8 +1,10 @@
 import json
 import math
+import struct
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dsv3_jax.config import ModelConfig, override
 from dsv3_jax.model import param_specs
@@ -54,6 +56,21 @@ def test_lines_are_json_even_for_losses_that_are_not_finite(tmp_path):
 
     line = (tmp_path / METRICS_FILE).read_text()
     assert json.loads(line, parse_constant=refuse)["loss"] is None
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    log = RunLog(tmp_path, start_step=6)
+    log.write(record(7, loss=1.5))
+    log.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, events = path.read_bytes(), []
+    while data:  # length, its checksum, event, its checksum
+        (length,) = struct.unpack("<Q", data[:8])
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    assert (events[1].step, events[1].session_log.status) == (7, SessionLog.START)
+    values = {value.tag: value.simple_value for value in events[2].summary.value}
+    assert events[2].step == 7 and values["train/loss"] == 1.5 and values["train/is_good"] == 1
 
 
 def test_expert_load_is_relative_to_each_layers_mean():
