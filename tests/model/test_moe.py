@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.kernels import grouped_matmul as kernel
-from dsv3_jax.model.moe import MoE, plan_rows
+from dsv3_jax.model.moe import MoE, gather_rows, plan_rows
 from dsv3_jax.testing import reference, shapes
 from dsv3_jax.testing.networks import QUICK_COMPILE, small_config, telling_params
 from dsv3_jax.testing.tolerances import FLOAT32_VALUES, assert_close
@@ -57,7 +57,12 @@ def test_every_choice_has_its_own_row_in_its_experts_group(num_rows, skew):
         for expert, row in zip(experts_TK[token], rows_TK[token], strict=True):
             assert token_of_row[row] == token
             assert start_E[expert] <= row < start_E[expert] + counts[expert]
-    assert (token_of_row == num_rows).sum() == len(token_of_row) - num_rows * top_K  # the rest holds no token
+    is_empty = token_of_row == num_rows
+    assert is_empty.sum() == len(token_of_row) - num_rows * top_K
+    x_TD = np.random.default_rng(0).normal(size=(num_rows, 3)).astype(np.float32)
+    x_MD = np.asarray(gather_rows(jnp.asarray(x_TD), plan))
+    np.testing.assert_array_equal(x_MD[is_empty], 0)  # the kernels count on it
+    np.testing.assert_array_equal(x_MD[~is_empty], x_TD[token_of_row[~is_empty]])
 
 
 @pytest.mark.parametrize("skew", ["even", "one expert"])

@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.sharding.mesh import AXES, BATCH_AXES, make_mesh
-from dsv3_jax.sharding.rules import optimizer_sharding, param_sharding
+from dsv3_jax.sharding.rules import activation_spec, optimizer_sharding, param_sharding
 
 
 def test_one_device_mesh_has_every_axis():
@@ -47,3 +47,7 @@ def test_optimizer_state_is_split_along_the_first_dimension_that_divides(shape, 
     mesh = AbstractMesh((1, 2, 1, 4, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     assert optimizer_sharding(mesh, shape, axes).spec == expected
     assert param_sharding(mesh, shape, axes).spec == PartitionSpec()
+
+
+def test_activations_are_split_by_sequences_over_every_batch_axis():
+    assert activation_spec("batch", None, None) == PartitionSpec(("replica", "node", "gpu"), None, None)
