@@ -18,10 +18,13 @@ _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 def define() -> None:
     """Registers `--config` and one flag per setting. Call once, before absl parses."""
-    flags.DEFINE_string("config", None, "Python file whose get_config() returns the run's configuration")
+    flags.DEFINE_string("config", None, "Python file whose get_config() returns the run's configuration; what it leaves "
+                        "open has the defaults below")  # fmt: skip
     flags.DEFINE_enum("config.model.rope_scaling", None, ["none", "yarn"], "YaRN on with its defaults, or off")
     for setting in settings():
         flags.DEFINE(_SettingParser(setting), f"config.{setting.path}", None, _help(setting))
+    for name in ("config", "config.model.rope_scaling", *(f"config.{setting.path}" for setting in settings())):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # so that --help lists it
 
 
 def run(main: Callable[[], None]) -> None:
@@ -32,7 +35,7 @@ def run(main: Callable[[], None]) -> None:
 
     def run_main(argv: list[str]) -> None:
         if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}; settings are written --config.name=value")
+            sys.exit(f"error: unexpected argument {argv[1]!r}; settings are written --config.name=value")
         try:
             main()
         except (ValueError, OSError) as error:
@@ -124,4 +127,4 @@ def _parse_int(argument: str) -> int:
 
 
 def _help(setting: Setting) -> str:
-    return f"{setting.help} (default of a config file that does not say: {setting.default})"
+    return f"{setting.help} (default: {setting.default!r})"

@@ -110,6 +110,7 @@ def open_usable_corpus(config: RunConfig) -> Corpus:
     Raises:
       ValueError: it is damaged, does not fit the model, or has no held-out text although evaluation is asked for.
     """
+    require(config.data.corpus != "", "data.corpus", "", "name a directory that launch/prepare_data.py wrote")
     corpus = open_corpus(config.data.corpus)
     corpus.require_fits(config.model)
     require(corpus.num_tokens("heldout") > 0 or not config.train.eval_every_steps, "train.eval_every_steps",
