@@ -18,8 +18,8 @@ _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 def define() -> None:
     """Registers `--config` and one flag per setting. Call once, before absl parses."""
-    flags.DEFINE_string("config", None, "Python file whose get_config() returns the run's configuration; what it leaves "
-                        "open has the defaults below")  # fmt: skip
+    flags.DEFINE_string("config", None, "Python file whose get_config() returns the run's configuration; what it "
+                        "leaves open has the defaults below")  # fmt: skip
     flags.DEFINE_enum("config.model.rope_scaling", None, ["none", "yarn"], "YaRN on with its defaults, or off")
     for setting in settings():
         flags.DEFINE(_SettingParser(setting), f"config.{setting.path}", None, _help(setting))
