@@ -37,9 +37,8 @@ FREE_SETTINGS = (
 
 
 def _is_worth_showing(record: logging.LogRecord) -> bool:
-    """Drops what Orbax logs of a failure, thread by thread, before it raises it; `--verbosity=1` shows all."""
-    is_raised_too = record.levelno >= logging.ERROR and "orbax" in record.pathname
-    return not is_raised_too or absl_logging.get_verbosity() >= absl_logging.DEBUG
+    """Drops what Orbax logs: its failures are raised as well, thread after thread. `--verbosity=1` shows all."""
+    return "orbax" not in record.pathname or absl_logging.get_verbosity() >= absl_logging.DEBUG
 
 
 absl_logging.get_absl_logger().addFilter(_is_worth_showing)
@@ -71,6 +70,7 @@ class TrainingCheckpoints:
         Raises:
           OSError: this or the checkpoint before could not be written, e.g. on a full disk; older ones stay whole.
         """
+        self._require_room(trees)
         run = {"config": json.loads(to_json(self._config)), "progress": progress}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         self._guarded(lambda: self._manager.save(step, args=ocp.args.Composite(**items, run=ocp.args.JsonSave(run))))
@@ -101,6 +101,23 @@ class TrainingCheckpoints:
         """Waits for what is being written and lets go of the workdir."""
         self._guarded(self._manager.close)
 
+    def _require_room(self, trees: dict[str, Any]) -> None:
+        """Raises the OSError of a full disk before anything is written, where the disk says how full it is."""
+        needed = sum(array.nbytes for array in jax.tree.leaves(trees))
+        free = shutil.disk_usage(self._workdir).free
+        if free < needed:
+            reason = f"it takes {needed:,} bytes and {free:,} are free"
+            raise self._failed_write(errno.ENOSPC, reason)
+
+    def _failed_write(self, number: int, reason: str) -> OSError:
+        left = newest_step(self._workdir)
+        return OSError(
+            number,
+            f"a checkpoint could not be written under {self._workdir / CHECKPOINTS}: {reason}. "
+            + (f"The checkpoint of step {left} is whole" if left is not None else "No checkpoint exists")
+            + "; make room and start the same command again",
+        )
+
     def _guarded(self, action) -> None:
         """Runs an action of the manager; a failed write becomes one OSError that says what is left."""
         try:
@@ -109,13 +126,7 @@ class TrainingCheckpoints:
             if "os_error_code" not in str(error) and not isinstance(error, OSError):
                 raise
             _remove_unfinished(self._workdir)
-            left = newest_step(self._workdir)
-            raise OSError(
-                _errno(error),
-                f"a checkpoint could not be written under {self._workdir / CHECKPOINTS}: {_reason(error)}. "
-                + (f"The checkpoint of step {left} is whole" if left is not None else "No checkpoint exists")
-                + "; make room and start the same command again",
-            ) from error
+            raise self._failed_write(_errno(error), _reason(error)) from error
 
 
 def newest_step(workdir: str | Path) -> int | None:
