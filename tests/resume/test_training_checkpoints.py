@@ -18,7 +18,6 @@ from dsv3_jax.checkpoint.training import (
 from dsv3_jax.config import ModelConfig, RunConfig, TrainConfig, override
 from dsv3_jax.model import param_specs
 
-
 # A failed read or write leaves TensorStore calling back into an event loop that Orbax has closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
