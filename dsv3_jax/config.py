@@ -29,6 +29,25 @@ def require(claim: bool, field: str, value: Any, fix: str) -> None:
         raise ValueError(f"{field}={value!r}: {fix}")
 
 
+def _strip_optional(hint: Any) -> tuple[type, bool]:
+    """Splits `X | None` into (X, True) and any other type into (type, False)."""
+    if isinstance(hint, types.UnionType):
+        (inner,) = [arg for arg in hint.__args__ if arg is not types.NoneType]
+        return inner, True
+    return hint, False
+
+
+def _require_types(config: Any, prefix: str) -> None:
+    """Raises a ValueError for a value that is not of its field's type; an int is a float too."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        field_type, is_optional = _strip_optional(hint)
+        value = getattr(config, name)
+        accepted = (int, float) if field_type is float else (field_type,)
+        is_number_as_bool = isinstance(value, bool) and field_type is not bool
+        is_right = (is_optional and value is None) or (isinstance(value, accepted) and not is_number_as_bool)
+        require(is_right, f"{prefix}{name}", value, f"must be of type {field_type.__name__}")
+
+
 def _require_positive(config: Any, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -49,6 +68,7 @@ class RopeScaling:
 
     def __post_init__(self):
         prefix = "model.rope_scaling"
+        _require_types(self, f"{prefix}.")
         require(self.type == "yarn", f"{prefix}.type", self.type, "only 'yarn' is defined for DeepSeek-V3")
         _require_positive(self, prefix, "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
         require(self.factor >= 1, f"{prefix}.factor", self.factor, "must be at least 1")
@@ -92,6 +112,7 @@ class ModelConfig:
     remat_policy: str = setting("none", f"what the backward pass recomputes: {' | '.join(REMAT_POLICIES)}")
 
     def __post_init__(self):
+        _require_types(self, "model.")
         _require_positive(
             self, "model", "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size",
             "num_hidden_layers", "num_attention_heads", "n_routed_experts", "routed_scaling_factor", "kv_lora_rank",
@@ -102,6 +123,7 @@ class ModelConfig:
             require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must not be negative")
         if self.q_lora_rank is not None:
             _require_positive(self, "model", "q_lora_rank")
+        require(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "must exceed 1")
         require(self.qk_rope_head_dim % 2 == 0, "model.qk_rope_head_dim", self.qk_rope_head_dim,
                 "must be even: rotary positions turn pairs")  # fmt: skip
         require(self.first_k_dense_replace <= self.num_hidden_layers, "model.first_k_dense_replace",
@@ -148,6 +170,7 @@ class MeshConfig:
     tensor: int = setting(1, "tensor-parallel devices; only 1 so far")
 
     def __post_init__(self):
+        _require_types(self, "mesh.")
         for name in ("pipe", "replica", "node", "gpu", "tensor"):
             value = getattr(self, name)
             require(value > 0 or value == -1, f"mesh.{name}", value, "must be positive, or -1 for what is left")
@@ -164,6 +187,7 @@ class DataConfig:
     prefetch_windows: int = setting(256, "sequences read ahead of the step")
 
     def __post_init__(self):
+        _require_types(self, "data.")
         _require_positive(self, "data", "sequence_length", "prefetch_windows")
 
 
@@ -212,6 +236,7 @@ class TrainConfig:
     peak_tflops: float = setting(0.0, "peak of one device for the utilisation shown, TFLOP/s; 0: utilisation not shown")
 
     def __post_init__(self):
+        _require_types(self, "train.")
         _require_positive(
             self, "train", "batch_size", "batch_size_start", "learning_rate", "adam_eps", "clip_norm", "init_std",
             "ema_every_steps", "max_bad_steps", "loss_chunk_tokens", "log_every_steps", "eval_sequences",
@@ -263,6 +288,7 @@ class RunConfig:
     train: TrainConfig = setting(TrainConfig(), "the recipe")
 
     def __post_init__(self):
+        _require_types(self, "")
         require(self.data.sequence_length <= self.model.max_position_embeddings, "data.sequence_length",
                 self.data.sequence_length, "is longer than model.max_position_embeddings="
                 f"{self.model.max_position_embeddings}; shorten it or extend the positions")  # fmt: skip
@@ -316,7 +342,7 @@ def override(config: Any, values: dict[str, Any]) -> Any:
         else:
             own[name] = value
     for name, section_values in below.items():
-        section = getattr(config, name)
+        section = own.get(name, getattr(config, name))
         if section is None:
             section = _strip_optional(typing.get_type_hints(type(config))[name])[0]()
         own[name] = override(section, section_values)
@@ -342,6 +368,7 @@ def from_json(text: str) -> RunConfig:
 
 
 def _from_dict(config_type: type, values: dict, prefix: str) -> Any:
+    require(isinstance(values, dict), prefix.rstrip(".") or "configuration", values, "must be an object of settings")
     names = {field.name for field in dataclasses.fields(config_type)}
     for name in values:
         require(name in names, prefix + name, values[name], "no such setting in this version")
@@ -352,11 +379,3 @@ def _from_dict(config_type: type, values: dict, prefix: str) -> Any:
         is_section = dataclasses.is_dataclass(field_type) and value is not None
         built[name] = _from_dict(field_type, value, f"{prefix}{name}.") if is_section else value
     return config_type(**built)
-
-
-def _strip_optional(hint: Any) -> tuple[type, bool]:
-    """Splits `X | None` into (X, True) and any other type into (type, False)."""
-    if isinstance(hint, types.UnionType):
-        (inner,) = [arg for arg in hint.__args__ if arg is not types.NoneType]
-        return inner, True
-    return hint, False

@@ -91,7 +91,6 @@ def test_override_applies_settings_that_are_valid_only_together():
     assert (after.model.n_group, after.model.topk_group) == (1, 1)
 
 
-@pytest.mark.xfail(strict=True, reason="override drops the section when a setting below it is given too")
 def test_a_section_and_a_setting_below_it_apply_together():
     values = {"model.rope_scaling": RopeScaling(beta_fast=16.0), "model.rope_scaling.factor": 2.0}
     assert override(RunConfig(), values).model.rope_scaling == RopeScaling(beta_fast=16.0, factor=2.0)
@@ -161,3 +160,19 @@ def test_no_setting_is_unused():
     for setting in settings():
         name = setting.path.rpartition(".")[2]
         assert f".{name}" in code or f'"{name}"' in code or f"self.{name}" in pathlib.Path(config.__file__).read_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("train.seed", "x"), ("train.seed", True), ("model.vocab_size", 1.5), ("model.rope_scaling", 3),
+     ("model.num_hidden_layers", None), ("model.norm_topk_prob", 1), ("data.corpus", 3)],
+)  # fmt: skip
+def test_a_value_of_another_type_is_refused(path, value):
+    with pytest.raises(ValueError, match=f"{path}={value!r}: must be of type"):
+        override(RunConfig(), {path: value})
+
+
+@pytest.mark.parametrize("text", ['"16"', "null", '{"model": 3}', "[]", "{"])
+def test_json_that_is_no_configuration_is_refused(text):
+    with pytest.raises(ValueError, match=r"configuration|model=3"):
+        from_json(text)

@@ -135,6 +135,8 @@ def prefill(
     """
     length = tokens_BT.shape[1]
     _require_fits(config, length)
+    room = cache.latents[0].shape[1]
+    require(length <= room, "prompt length", length, f"exceeds the cache's {room} tokens; make a longer cache")
     model = _bind(config, params)
     cosines, sines = rope.rotation(config, jnp.arange(length))
     x_BTD, new_latents = model.embed(tokens_BT), []
