@@ -1,0 +1,1 @@
+"""What `launch/bench.py` measures: kernels, training steps and decoding, against peers in the same run."""

@@ -1,0 +1,133 @@
+"""The kernels alone at DeepSeek-V3's widths, beside torch's in the same process. Needs an NVIDIA GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.benchmarks.report import Row
+from dsv3_jax.benchmarks.timing import Contender, interleaved_medians
+from dsv3_jax.kernels import attention, grouped_matmul
+
+PEAK_FLOPS = 989e12  # dense BF16 of an H100 SXM or H200, per second (data sheet)
+GROUPED_CASES = [(8, 4096, 7168, 4096), (8, 4096, 2048, 7168), (32, 1024, 7168, 4096), (32, 1024, 2048, 7168)]
+ATTENTION_SHAPE = {"batch": 2, "length": 4096, "num_heads": 128, "width": 192, "value_width": 128}
+
+
+def grouped_matmul_rows(*, with_torch: bool) -> list[Row]:
+    """Times the expert linears' product and both gradients: (groups, rows per group, K, N) of `GROUPED_CASES`."""
+    rows = []
+    for num_groups, group_rows, contraction, columns in GROUPED_CASES:
+        operands = _draw_grouped(num_groups, group_rows, contraction, columns)
+        contenders = {"pallas_gpu": _ours_grouped(operands)}
+        if with_torch:
+            contenders["torch"] = _torch_grouped(operands, group_rows)
+        flops = 2 * num_groups * group_rows * contraction * columns
+        for pass_name in contenders["pallas_gpu"]:
+            case = f"{num_groups} x {group_rows} rows, {contraction} -> {columns}, {pass_name}"
+            passes = {name: by_pass[pass_name] for name, by_pass in contenders.items() if pass_name in by_pass}
+            rows += _rows(case, flops, interleaved_medians(passes), peer="torch")
+    return rows
+
+
+def attention_rows(*, with_torch: bool) -> list[Row]:
+    """Times causal attention at `ATTENTION_SHAPE`, forward alone and with its gradients."""
+    shape = ATTENTION_SHAPE
+    score_products = shape["batch"] * shape["num_heads"] * shape["length"] ** 2  # 2 · T²/2 per head
+    forward_flops = score_products * (shape["width"] + shape["value_width"])
+    backward_flops = score_products * (3 * shape["width"] + 2 * shape["value_width"])
+    operands = _draw_attention(**shape)
+    contenders = {name: _ours_attention(operands, name) for name in ("pallas_gpu", "cudnn")}
+    if with_torch:
+        contenders["torch"] = _torch_attention(operands)
+    rows = []
+    for pass_name, flops in (("forward", forward_flops), ("forward + backward", forward_flops + backward_flops)):
+        passes = {name: by_pass[pass_name] for name, by_pass in contenders.items()}
+        rows += _rows(f"attention {pass_name}", flops, interleaved_medians(passes), peer="torch")
+    return rows
+
+
+def _rows(case: str, flops: float, seconds: dict[str, float], *, peer: str) -> list[Row]:
+    return [
+        {"case": case, "implementation": name, "ms": value * 1e3, "floor ms": flops / PEAK_FLOPS * 1e3,
+         "TFLOP/s": flops / value / 1e12, f"of {peer}": seconds[peer] / value if peer in seconds else None}
+        for name, value in seconds.items()
+    ]  # fmt: skip
+
+
+def _jax_contender(function, *operands) -> Contender:
+    return Contender(functools.partial(jax.jit(function), *operands), jax.block_until_ready)
+
+
+def _draw_grouped(num_groups: int, group_rows: int, contraction: int, columns: int) -> tuple[jax.Array, ...]:
+    x_key, w_key, dy_key = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(x_key, (num_groups * group_rows, contraction), jnp.bfloat16)
+    w = jax.random.normal(w_key, (num_groups, contraction, columns), jnp.bfloat16)
+    dy = jax.random.normal(dy_key, (num_groups * group_rows, columns), jnp.bfloat16)
+    return jax.block_until_ready((x, w, dy, jnp.full((num_groups,), group_rows, jnp.int32)))
+
+
+def _ours_grouped(operands: tuple[jax.Array, ...]) -> dict[str, Contender]:
+    x, w, dy, sizes = operands
+
+    def multiply(x, w, sizes):
+        return grouped_matmul.grouped_matmul(x, w, sizes, alignment=128, implementation="pallas_gpu")
+
+    return {
+        "product": _jax_contender(multiply, x, w, sizes),
+        "input gradient": _jax_contender(
+            lambda x, w, dy, sizes: jax.vjp(lambda x: multiply(x, w, sizes), x)[1](dy), x, w, dy, sizes
+        ),
+        "weight gradient": _jax_contender(
+            lambda x, w, dy, sizes: jax.vjp(lambda w: multiply(x, w, sizes), w)[1](dy), x, w, dy, sizes
+        ),
+    }
+
+
+def _torch_grouped(operands: tuple[jax.Array, ...], group_rows: int) -> dict[str, Contender]:
+    import torch
+
+    x, w, dy = (torch.from_dlpack(array) for array in operands[:3])
+    num_groups = len(w)
+    ends = torch.arange(group_rows, len(x) + 1, group_rows, device="cuda", dtype=torch.int32)
+    x_groups, dy_groups = (array.view(num_groups, group_rows, -1) for array in (x, dy))
+    starts = {
+        "product": lambda: torch._grouped_mm(x, w, offs=ends),
+        "input gradient": lambda: torch._grouped_mm(dy, w.transpose(1, 2), offs=ends),
+        "weight gradient": lambda: torch.bmm(x_groups.transpose(1, 2), dy_groups),
+    }
+    return {name: Contender(start, lambda _: torch.cuda.synchronize()) for name, start in starts.items()}
+
+
+def _draw_attention(batch: int, length: int, num_heads: int, width: int, value_width: int) -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(0), 4)
+    widths = (width, width, value_width, value_width)
+    drawn = (jax.random.normal(k, (batch, length, num_heads, w), jnp.bfloat16) for k, w in zip(keys, widths))
+    return jax.block_until_ready(tuple(drawn))
+
+
+def _ours_attention(operands: tuple[jax.Array, ...], implementation: str) -> dict[str, Contender]:
+    q, k, v, dout = operands
+    attend = functools.partial(attention.causal_attention, scale=q.shape[-1] ** -0.5, implementation=implementation)
+    return {
+        "forward": _jax_contender(attend, q, k, v),
+        "forward + backward": _jax_contender(lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout), q, k, v, dout),
+    }
+
+
+def _torch_attention(operands: tuple[jax.Array, ...]) -> dict[str, Contender]:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v, dout = (torch.from_dlpack(array).transpose(1, 2) for array in operands)
+    leaves = [array.detach().requires_grad_() for array in (q, k, v)]
+
+    def attend(q, k, v):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):  # the only one of torch's that takes 192 and 128
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    starts = {
+        "forward": lambda: attend(q, k, v),
+        "forward + backward": lambda: torch.autograd.grad(attend(*leaves), leaves, dout),
+    }
+    return {name: Contender(start, lambda _: torch.cuda.synchronize()) for name, start in starts.items()}

@@ -1,0 +1,61 @@
+"""Training steps and decoding of the whole network, each implementation in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+from dsv3_jax.benchmarks.networks import WORKLOADS
+from dsv3_jax.benchmarks.report import Row
+from dsv3_jax.train.flops import train_flops_per_token
+
+MODULES = {"dsv3_jax": "dsv3_jax.benchmarks.ours", "transformers": "dsv3_jax.benchmarks.transformers_peer"}
+
+
+def train_step_rows(workload_name: str, *, peer: str | None) -> list[Row]:
+    """Measures optimizer steps; both sides are credited with the same floating-point operations per token."""
+    workload = WORKLOADS[workload_name]
+    flops = workload.tokens * train_flops_per_token(workload.model, sequence_length=workload.sequence_length)
+    measured = {name: _measure(name, "train_step", workload_name)[0] for name in _names(peer)}
+    return [
+        {"case": f"train_step {workload_name}", "implementation": name, "s per step": result["step_s"],
+         "tokens/s": workload.tokens / result["step_s"], "TFLOP/s": flops / result["step_s"] / 1e12,
+         "peak GB": result["peak_gb"], "speed-up": _ratio(measured, peer, "step_s", name), "loss": result["loss"]}
+        for name, result in measured.items()
+    ]  # fmt: skip
+
+
+def decode_rows(workload_name: str, *, peer: str | None) -> list[Row]:
+    """Measures greedy generation after the first token."""
+    measured = {name: _measure(name, "decode", workload_name) for name in _names(peer)}
+    return [
+        {"case": f"decode {workload_name}, batch {result['batch']}", "implementation": name,
+         "first token s": result["first_token_s"], "tokens/s": result["decode_tokens_per_s"],
+         "speed-up": result["decode_tokens_per_s"] / measured[peer][i]["decode_tokens_per_s"] if peer else None}
+        for i in range(len(measured["dsv3_jax"]))
+        for name, results in measured.items()
+        for result in [results[i]]
+    ]  # fmt: skip
+
+
+def _names(peer: str | None) -> list[str]:
+    return ["dsv3_jax", peer] if peer else ["dsv3_jax"]
+
+
+def _ratio(measured: dict, peer: str | None, field: str, name: str) -> float | None:
+    return measured[peer][field] / measured[name][field] if peer else None
+
+
+def _measure(name: str, suite: str, workload_name: str) -> list[dict]:
+    """Runs one implementation and reads the JSON it prints last.
+
+    Raises:
+      ValueError: it failed; the message ends with what it said.
+    """
+    command = [sys.executable, "-m", MODULES[name], suite, workload_name]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "PYTHONUNBUFFERED": "1"}
+    environment.pop("XLA_PYTHON_CLIENT_PREALLOCATE", None)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
