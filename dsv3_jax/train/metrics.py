@@ -21,6 +21,7 @@ from dsv3_jax.train.schedule import StepSettings
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+EXPERT_STACKS = {"moe_layers": "MoE layer", "mtp_layers": "MTP module"}
 
 
 class RunLog:
@@ -132,8 +133,11 @@ def step_record(step: int, *, tokens: int, settings: StepSettings, metrics: dict
       settings: what the step ran with.
       metrics: of the train step, fetched to the host.
     """
-    loads = {stack: np.asarray(load, np.float64) for stack, load in metrics["tokens_per_expert"].items()}
-    relative_LE = np.concatenate([load / load.mean(-1, keepdims=True) for load in loads.values()]) if loads else None
+    relative_load = {
+        f"{EXPERT_STACKS[stack]} {layer}": load_E / load_E.mean()
+        for stack, load_LE in metrics["tokens_per_expert"].items()
+        for layer, load_E in enumerate(np.asarray(load_LE, np.float64))
+    }
     scalars = {name: np.asarray(value).item() for name, value in metrics.items() if name != "tokens_per_expert"}
     record = {"kind": "train", "step": step, "tokens": tokens, **scalars}
     record |= {
@@ -142,10 +146,13 @@ def step_record(step: int, *, tokens: int, settings: StepSettings, metrics: dict
         "mtp_loss_weight": settings.mtp_loss_weight,
         "bias_update_speed": settings.bias_update_speed,
     }
-    if relative_LE is not None:
-        record["expert_load_max_over_mean"] = float(relative_LE.max(-1).max())
-        record["expert_load_max_over_mean_by_layer"] = relative_LE.max(-1).round(4).tolist()
-        record["expert_load_min_over_mean_by_layer"] = relative_LE.min(-1).round(4).tolist()
+    if relative_load:
+        largest = {name: round(load_E.max(), 4) for name, load_E in relative_load.items()}
+        record["expert_load_max_over_mean"] = max(largest.values())
+        record["expert_load_max_over_mean_by_layer"] = largest
+        record["expert_load_min_over_mean_by_layer"] = {
+            name: round(load_E.min(), 4) for name, load_E in relative_load.items()
+        }
     return record
 
 

@@ -50,17 +50,17 @@ def draw_loss(axes: Axes, train: list[dict], heldout: list[dict]) -> None:
 def draw_expert_load(axes: Axes, train: list[dict]) -> None:
     """Draws the load of the most and the least loaded expert of every layer, relative to the mean."""
     steps = [record["step"] for record in train]
-    num_layers = len(train[0]["expert_load_max_over_mean_by_layer"])
-    colors = matplotlib.colormaps["viridis"].resampled(max(num_layers, 2))
-    for layer in range(num_layers):
+    layers = list(train[0]["expert_load_max_over_mean_by_layer"])
+    colors = matplotlib.colormaps["viridis"].resampled(max(len(layers), 2))
+    for index, layer in enumerate(layers):
         for side in ("max", "min"):
             loads = [record[f"expert_load_{side}_over_mean_by_layer"][layer] for record in train]
-            axes.plot(steps, loads, color=colors(layer), label=f"MoE layer {layer}" if side == "max" else None)
+            axes.plot(steps, loads, color=colors(index), label=layer if side == "max" else None)
     axes.axhline(1, color="gray", linewidth=0.8)
     axes.set_xlabel("step")
     axes.set_ylabel("tokens of the most and least loaded expert / mean")
     axes.set_ylim(bottom=0)
-    if num_layers <= 12:
+    if len(layers) <= 12:
         axes.legend()
 
 
