@@ -19,35 +19,27 @@ class Contender:
 
 
 def interleaved_medians(
-    contenders: dict[str, Contender], *, burst_s: float = 5e-3, idle_s: float = 0.03, repeats: int = 7
+    contenders: dict[str, Contender], *, idle_s: float = 2e-3, repeats: int = 31
 ) -> dict[str, float]:
     """Returns the median seconds per call of each contender.
 
-    Every repeat gives each contender, in turn, one burst of calls after a rest: a GPU runs near its highest clock, and
-    a drift hits all alike. Such numbers must not be compared with steady ones, which are 15-20% lower.
+    Every repeat gives each contender, in turn, one call after a rest: a GPU runs near its highest clock, and a drift
+    hits all alike. Such numbers must not be compared with those of uninterrupted work, which are 15-20% lower.
 
     Args:
-      contenders: name -> implementation; each is compiled and warmed first.
-      burst_s: about how long the calls of a burst take together, seconds.
-      idle_s: rest before a burst, seconds.
-      repeats: bursts per contender.
+      contenders: name -> implementation; each is compiled and warmed first. A call should take a millisecond or more,
+        since the host's clock measures it.
+      idle_s: rest before a call, seconds.
+      repeats: calls per contender.
     """
-    calls_per_burst = {}
-    for name, contender in contenders.items():
+    for contender in contenders.values():
         contender.run()
         contender.run()
-        calls_per_burst[name] = max(1, int(burst_s / _seconds(contender, calls=2)))
     seconds = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, contender in contenders.items():
             time.sleep(idle_s)
-            seconds[name].append(_seconds(contender, calls=calls_per_burst[name]))
+            start = time.perf_counter()
+            contender.run()
+            seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _seconds(contender: Contender, *, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        out = contender.start()
-    contender.wait(out)
-    return (time.perf_counter() - start) / calls
