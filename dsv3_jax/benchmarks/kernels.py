@@ -18,7 +18,7 @@ def grouped_matmul_rows(*, with_torch: bool) -> list[Row]:
     """Times the expert linears' product and both gradients: (groups, rows per group, K, N) of `GROUPED_CASES`."""
     rows = []
     for num_groups, group_rows, contraction, columns in GROUPED_CASES:
-        operands = _draw_grouped(num_groups, group_rows, contraction, columns)
+        operands = draw_grouped(num_groups, group_rows, contraction, columns)
         contenders = {"pallas_gpu": _ours_grouped(operands)}
         if with_torch:
             contenders["torch"] = _torch_grouped(operands, group_rows)
@@ -55,11 +55,11 @@ def _rows(case: str, flops: float, seconds: dict[str, float], *, peer: str) -> l
     ]  # fmt: skip
 
 
-def _jax_contender(function, *operands) -> Contender:
+def jax_contender(function, *operands) -> Contender:
     return Contender(functools.partial(jax.jit(function), *operands), jax.block_until_ready)
 
 
-def _draw_grouped(num_groups: int, group_rows: int, contraction: int, columns: int) -> tuple[jax.Array, ...]:
+def draw_grouped(num_groups: int, group_rows: int, contraction: int, columns: int) -> tuple[jax.Array, ...]:
     x_key, w_key, dy_key = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(x_key, (num_groups * group_rows, contraction), jnp.bfloat16)
     w = jax.random.normal(w_key, (num_groups, contraction, columns), jnp.bfloat16)
@@ -74,11 +74,11 @@ def _ours_grouped(operands: tuple[jax.Array, ...]) -> dict[str, Contender]:
         return grouped_matmul.grouped_matmul(x, w, sizes, alignment=128, implementation="pallas_gpu")
 
     return {
-        "product": _jax_contender(multiply, x, w, sizes),
-        "input gradient": _jax_contender(
+        "product": jax_contender(multiply, x, w, sizes),
+        "input gradient": jax_contender(
             lambda x, w, dy, sizes: jax.vjp(lambda x: multiply(x, w, sizes), x)[1](dy), x, w, dy, sizes
         ),
-        "weight gradient": _jax_contender(
+        "weight gradient": jax_contender(
             lambda x, w, dy, sizes: jax.vjp(lambda w: multiply(x, w, sizes), w)[1](dy), x, w, dy, sizes
         ),
     }
@@ -110,8 +110,8 @@ def _ours_attention(operands: tuple[jax.Array, ...], implementation: str) -> dic
     q, k, v, dout = operands
     attend = functools.partial(attention.causal_attention, scale=q.shape[-1] ** -0.5, implementation=implementation)
     return {
-        "forward": _jax_contender(attend, q, k, v),
-        "forward + backward": _jax_contender(lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout), q, k, v, dout),
+        "forward": jax_contender(attend, q, k, v),
+        "forward + backward": jax_contender(lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout), q, k, v, dout),
     }
 
 

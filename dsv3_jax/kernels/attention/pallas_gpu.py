@@ -66,7 +66,7 @@ def attend(q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, scale: float
     value_width, dtype = v_BTNU.shape[-1], q_BTNX.dtype
     tiles = _Tiles(batch, num_heads, length // TILE, longest_is_last=True)
 
-    def body(
+    def attention_forward(
         q, k, v, out, lse,
         q_or_out_smem, k_smem, v_smem, lse_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn,
     ):  # fmt: skip
@@ -164,8 +164,8 @@ def attend(q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, scale: float
             tiles.for_each(attend_tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
-    return _kernel(
-        body,
+    results = _kernel(
+        attention_forward,
         out_type=(
             jax.ShapeDtypeStruct(v_BTNU.shape, dtype),
             jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32),
@@ -185,6 +185,8 @@ def attend(q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, scale: float
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ),
     )(q_BTNX, k_BTNX, v_BTNU)
+    # Without the barrier XLA runs the kernel twice where a loop also stacks its results for the backward pass.
+    return lax.optimization_barrier(results)
 
 
 def query_gradient(q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT, scale: float) -> jax.Array:
@@ -194,7 +196,7 @@ def query_gradient(q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT, scale:
     tiles = _Tiles(batch, num_heads, length // TILE, longest_is_last=True)
     blocks_per_tile = TILE // GRADIENT_BLOCK
 
-    def body(
+    def attention_query_gradient(
         q, k, v, dout, lse, delta, dq,
         q_smem, dout_smem, lse_smem, delta_smem, k_smem, v_smem, rows_full, rows_free, k_full, k_free, v_full, v_free,
     ):  # fmt: skip
@@ -291,7 +293,7 @@ def query_gradient(q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT, scale:
             plgpu.wait_smem_to_gmem(0)
 
     return _kernel(
-        body,
+        attention_query_gradient,
         out_type=jax.ShapeDtypeStruct(q_BTNX.shape, dtype),
         scratch_types=(
             _block(WARPGROUPS, ROWS, width, dtype),
@@ -323,7 +325,7 @@ def key_value_gradients(
     tiles = _Tiles(batch, num_heads, num_blocks, longest_is_last=False)
     shape = (ROWS, GRADIENT_BLOCK)  # products are transposed: a row is a key, a column a query
 
-    def body(
+    def attention_key_value_gradients(
         q, k, v, dout, lse, delta, dk, dv,
         k_smem, v_smem, dk_smem, dv_smem, weights_smem, q_smem, dout_smem, lse_smem, delta_smem,
         k_full, k_free, v_full, v_free, weights_full, weights_free, q_full, q_free, dout_full, dout_free,
@@ -471,7 +473,7 @@ def key_value_gradients(
             plgpu.wait_smem_to_gmem(0)
 
     return _kernel(
-        body,
+        attention_key_value_gradients,
         out_type=(jax.ShapeDtypeStruct(k_BTNX.shape, dtype), jax.ShapeDtypeStruct(v_BTNU.shape, dtype)),
         scratch_types=(
             _block(ROWS, width, dtype),

@@ -35,7 +35,9 @@ def grouped_matmul(x_MK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array) 
 
     Weights of another dtype are rounded to x's for the products; their gradient has their own dtype.
     """
-    return rows_times_weights(x_MK, w_EKN.astype(x_MK.dtype), group_sizes_E, weights_are_transposed=False)
+    y_MN = rows_times_weights(x_MK, w_EKN.astype(x_MK.dtype), group_sizes_E, weights_are_transposed=False)
+    # Without the barrier XLA runs the kernel twice where a loop also stacks its result for the backward pass.
+    return lax.optimization_barrier(y_MN)
 
 
 def _forward(x_MK, w_EKN, group_sizes_E):
@@ -221,8 +223,8 @@ def _persistent_matmul(
         width % (tile.rows * cluster) or columns % tile.columns or num_bundles * cluster * tile.rows > width
     )
 
-    # The body is one function because the two roles share barriers, buffers and the order of tiles.
-    def body(*refs):
+    # One function because the two roles share barriers, buffers and the order of tiles.
+    def grouped_matmul_kernel(*refs):
         *in_refs, out_ref, lhs_smem, rhs_smem, out_smem, full, empty = refs
         warpgroup, first = lax.axis_index("warpgroup"), lax.axis_index("first")
         rank = lax.axis_index("rank") if cluster > 1 else 0
@@ -265,7 +267,7 @@ def _persistent_matmul(
                 plgpu.barrier_wait(empty.at[slot])
                 return next_slot(slot)
 
-            lax.fori_loop(0, stages - tile.in_flight, drain, slot)
+            lax.fori_loop(0, stages - 1, drain, slot)
 
         @pl.when(warpgroup < warpgroups)
         def _consume():
@@ -273,7 +275,7 @@ def _persistent_matmul(
             own_rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
             # Every step frees the slot before its own; the first one thereby opens the last slot.
-            @pl.loop(0, stages - tile.in_flight)
+            @pl.loop(0, stages - 1)
             def _(slot):
                 plgpu.barrier_arrive(empty.at[slot])
 
@@ -286,8 +288,8 @@ def _persistent_matmul(
                         lhs = lhs_smem.at[slot, :, own_rows].T if lhs_is_transposed else lhs_smem.at[slot, own_rows]
                         rhs = rhs_smem.at[slot].T if rhs_is_transposed else rhs_smem.at[slot]
                         plgpu.wgmma(acc_ref, lhs, rhs)
-                        plgpu.wgmma_wait(tile.in_flight)
-                        plgpu.barrier_arrive(empty.at[last_slot(slot) if tile.in_flight else slot])
+                        plgpu.wgmma_wait(1)
+                        plgpu.barrier_arrive(empty.at[last_slot(slot)])
                         return next_slot(slot)
 
                     slot_after = lax.fori_loop(0, num_steps(in_refs, group, bundle), multiply_step, slot)
@@ -327,7 +329,7 @@ def _persistent_matmul(
         cluster_args = {}
         empty = plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups)
     return plgpu.kernel(
-        body,
+        grouped_matmul_kernel,
         out_type=out_type,
         grid=(num_clusters,),
         grid_names=("first",),

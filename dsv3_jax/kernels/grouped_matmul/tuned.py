@@ -16,7 +16,6 @@ class Tile:
 
     warpgroups: int = 2
     columns: int = 256
-    in_flight: int = 1
     stages: int = 4  # 64-deep steps in shared memory at one time
     store_columns: int = 128  # columns per store to device memory
     store_slots: int = 1  # stores in flight per warpgroup
