@@ -91,7 +91,7 @@ def test_kernels_in_the_interpreter(monkeypatch):
         pytest.skip(f"the Mosaic GPU interpreter of JAX {jax.__version__} cannot transpose operands; 0.11 can")
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from dsv3_jax.kernels.attention import pallas_gpu
+    from dsv3_jax.kernels.attention import blocks
 
     class Accumulator:
         """Stands in for a register accumulator, whose products from registers the interpreter does not know."""
@@ -111,8 +111,8 @@ def test_kernels_in_the_interpreter(monkeypatch):
 
     monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams()))
     monkeypatch.setattr(plgpu, "wgmma", multiply)
-    monkeypatch.setattr(pallas_gpu, "_accumulate", accumulate)
-    monkeypatch.setattr(pallas_gpu, "NUM_SMS", 2)
+    monkeypatch.setattr(blocks, "accumulate", accumulate)
+    monkeypatch.setattr(blocks, "NUM_SMS", 2)
     operands = make_operands(1, 256, 2, 128, 64, jnp.bfloat16)
     attend = functools.partial(op.causal_attention, scale=0.1, implementation="pallas_gpu")
     assert_value_and_gradients_match(attend, operands, 0.1, BF16_TOLERANCE)
