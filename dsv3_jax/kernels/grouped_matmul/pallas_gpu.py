@@ -9,7 +9,7 @@ One warpgroup copies tiles to shared memory and runs ahead across output tiles, 
 the epilogue; each of the others multiplies 64 rows of the tile and keeps its float32 accumulator in registers
 (64 x 256: 128 registers per thread, 0 spills). 128 x 256 tiles because L2 and shared-memory bandwidth are the limit: a
 64-deep step moves 48 KiB for 1024 cycles of tensor-core time. `launch/bench.py --suite=grouped_matmul` measures them:
-on an H200 0.96 of torch's speed for 2048 -> 7168, 0.85 to 0.90 for 7168 -> 4096, where both run into the power limit.
+on an H200 678 to 720 TFLOP/s over both expert linears and all passes, 0.93 to 0.98 of torch beside it.
 """
 
 import functools
