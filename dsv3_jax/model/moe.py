@@ -156,8 +156,8 @@ def _gather_rows_forward(x_TD, plan):
 
 
 def _gather_rows_backward(plan, dx_MD):
-    dx_TKD = dx_MD[plan.row_of_choice_TK].astype(jnp.float32)
-    return dx_TKD.sum(axis=1).astype(dx_MD.dtype), None
+    dx_of_choice = (dx_MD[rows_T].astype(jnp.float32) for rows_T in plan.row_of_choice_TK.T)
+    return sum(dx_of_choice).astype(dx_MD.dtype), None
 
 
 gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
@@ -166,8 +166,8 @@ gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
 @jax.custom_vjp
 def combine_rows(y_MD: jax.Array, weights_TK: jax.Array, plan: RowPlan) -> jax.Array:
     """Sums every token's rows with its gate weights in float32, rounded once to y's dtype."""
-    y_TKD = y_MD[plan.row_of_choice_TK].astype(jnp.float32)
-    return (y_TKD * weights_TK[..., None]).sum(axis=1).astype(y_MD.dtype)
+    y_of_choice = (y_MD[rows_T].astype(jnp.float32) for rows_T in plan.row_of_choice_TK.T)
+    return sum(y_TD * weights_T[:, None] for y_TD, weights_T in zip(y_of_choice, weights_TK.T)).astype(y_MD.dtype)
 
 
 def _combine_rows_forward(y_MD, weights_TK, plan):
@@ -179,9 +179,9 @@ def _combine_rows_backward(residuals, dout_TD):
     weight_of_row_M = jnp.zeros(y_MD.shape[0], weights_TK.dtype).at[plan.row_of_choice_TK].set(weights_TK)
     dout_MD = dout_TD.at[plan.token_of_row_M].get(mode="fill", fill_value=0)
     dy_MD = (dout_MD.astype(jnp.float32) * weight_of_row_M[:, None]).astype(y_MD.dtype)
-    y_TKD = y_MD[plan.row_of_choice_TK].astype(jnp.float32)
-    dweights_TK = (y_TKD * dout_TD[:, None].astype(jnp.float32)).sum(axis=-1)
-    return dy_MD, dweights_TK.astype(weights_TK.dtype), None
+    y_of_choice = (y_MD[rows_T].astype(jnp.float32) for rows_T in plan.row_of_choice_TK.T)
+    dweights_KT = jnp.stack([jnp.sum(y_TD * dout_TD.astype(jnp.float32), axis=-1) for y_TD in y_of_choice])
+    return dy_MD, dweights_KT.T.astype(weights_TK.dtype), None
 
 
 combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward)

@@ -233,7 +233,8 @@ class _Reporter:
         self._pending = (progress, settings, metrics)
 
     def flush(self) -> None:
-        """Logs the last step, waiting for it; the time until the next step counts for nothing."""
+        """Logs the last step, waiting for it; neither that wait nor the time until the next step is measured."""
+        self._throughput.restart()
         self._log_pending()
         self._throughput.restart()
 
