@@ -12,6 +12,7 @@ MAX_LINES = 450
 # Every room and the rooms it may import, besides itself. `testing` is for tests: no room may import it.
 ALLOWED = {
     "config": set(),
+    "host_memory": set(),
     "kernels": {"config"},
     "fp8": {"kernels", "config"},
     "sharding": {"kernels", "config"},
@@ -22,8 +23,10 @@ ALLOWED = {
     "serve": {"checkpoint", "data", "model", "sharding", "fp8", "kernels", "config"},
     "language_model": {"train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config"},
     "plan": {"train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config"},
-    "benchmarks": {"train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config"},
-    "config_flags": {"config"},
+    "benchmarks": {
+        "host_memory", "train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config",
+    },
+    "config_flags": {"host_memory", "config"},
     "testing": {"model", "sharding", "fp8", "kernels", "config"},
     "__init__": {"language_model", "config"},
 }

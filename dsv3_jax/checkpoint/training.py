@@ -8,6 +8,7 @@ training goes on.
 """
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -21,10 +22,12 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from dsv3_jax.config import RunConfig, from_json, require, settings, to_json
-from dsv3_jax.model import param_specs
+from dsv3_jax.model import ParamSpec, param_specs
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
+WEIGHT_ITEMS = {"params", "ema"}
+BLOCK_BYTES = 2**28  # largest block of a weight on disk
 
 # A run stays the same run when these change: where and how long it runs, what it shows, when it stops itself.
 # Everything else decides which numbers are trained.
@@ -73,6 +76,8 @@ class TrainingCheckpoints:
         self._require_room(trees)
         run = {"config": json.loads(to_json(self._config)), "progress": progress}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        for name in WEIGHT_ITEMS & trees.keys():
+            items[name] = ocp.args.StandardSave(trees[name], save_args=_in_blocks(self._config))
         self._guarded(lambda: self._manager.save(step, args=ocp.args.Composite(**items, run=ocp.args.JsonSave(run))))
 
     def restore(self, step: int, structs: dict[str, Any]) -> dict[str, Any]:
@@ -231,6 +236,16 @@ def save_params(workdir: str | Path, config: RunConfig, params: dict) -> None:
     checkpoints = TrainingCheckpoints(workdir, config)
     checkpoints.save(0, {"params": params}, progress={})
     checkpoints.close()
+
+
+def _in_blocks(config: RunConfig) -> dict:
+    """Says how weights lie on disk: one block per layer and expert, so that an export reads one at a time."""
+
+    def blocks(spec: ParamSpec) -> ocp.SaveArgs:
+        is_stacked = itertools.takewhile(lambda axis: axis in ("layers", "routed_experts"), spec.axes[:-1])
+        return ocp.SaveArgs(chunk_byte_size=BLOCK_BYTES, shard_axes=tuple(range(len(list(is_stacked)))))
+
+    return jax.tree.map(blocks, param_specs(config.model))
 
 
 def _open_manager(workdir: Path, config: RunConfig, *, read_only: bool = False) -> ocp.CheckpointManager:

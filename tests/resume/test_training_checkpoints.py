@@ -166,7 +166,7 @@ def test_a_failed_write_is_one_message_and_leaves_the_last_checkpoint(config, tm
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"The checkpoint of step 1 is whole; make room") as error:
-            checkpoints.save(2, {"params": {"noise": noise}}, progress={})
+            checkpoints.save(2, {"optimizer": {"noise": noise}}, progress={})
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
