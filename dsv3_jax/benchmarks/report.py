@@ -13,6 +13,7 @@ import rich.table
 PACKAGES = ("dsv3-jax", "jax", "jaxlib", "flax", "torch", "transformers", "triton")
 
 Row = dict[str, str | float | int | None]
+TABLE_WIDTH = 120  # columns; narrower, figures would be cut off
 
 
 def show(title: str, rows: list[Row]) -> None:
@@ -23,7 +24,9 @@ def show(title: str, rows: list[Row]) -> None:
         table.add_column(name, justify="left" if name in ("case", "implementation") else "right")
     for row in rows:
         table.add_row(*(_text(row.get(name)) for name in columns))
-    rich.console.Console().print(table)
+    console = rich.console.Console()
+    console.width = max(console.width, TABLE_WIDTH)
+    console.print(table)
 
 
 def save(path: str, suite: str, rows: list[Row]) -> None:
