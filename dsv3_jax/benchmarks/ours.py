@@ -21,7 +21,7 @@ from dsv3_jax.train import schedule
 from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import make_train_step, split_batch
 
-WARMUP_STEPS, STEPS = 2, 8
+WARMUP_STEPS, STEPS = 1, 5
 
 
 def train_step(workload: Workload) -> list[dict]:

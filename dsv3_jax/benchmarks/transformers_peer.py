@@ -18,7 +18,7 @@ from dsv3_jax.benchmarks.networks import DECODE_BATCHES, NEW_TOKENS, PROMPT_LENG
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.host_memory import keep_freed_memory
 
-WARMUP_STEPS, STEPS = 2, 8
+WARMUP_STEPS, STEPS = 1, 5
 SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
     "num_attention_heads", "n_shared_experts", "n_routed_experts", "routed_scaling_factor", "kv_lora_rank",
