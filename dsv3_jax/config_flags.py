@@ -12,7 +12,6 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 from dsv3_jax.config import RopeScaling, RunConfig, Setting, override, settings
-from dsv3_jax.host_memory import keep_freed_memory
 
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -37,7 +36,6 @@ def run(main: Callable[[], None]) -> None:
     def run_main(argv: list[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"error: unexpected argument {argv[1]!r}; settings are written --config.name=value")
-        keep_freed_memory()
         try:
             main()
         except (ValueError, OSError) as error:

@@ -12,7 +12,6 @@ MAX_LINES = 450
 # Every room and the rooms it may import, besides itself. `testing` is for tests: no room may import it.
 ALLOWED = {
     "config": set(),
-    "host_memory": set(),
     "kernels": {"config"},
     "fp8": {"kernels", "config"},
     "sharding": {"kernels", "config"},
@@ -24,9 +23,9 @@ ALLOWED = {
     "language_model": {"train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config"},
     "plan": {"train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config"},
     "benchmarks": {
-        "host_memory", "train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config",
+        "train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config",
     },
-    "config_flags": {"host_memory", "config"},
+    "config_flags": {"config"},
     "testing": {"model", "sharding", "fp8", "kernels", "config"},
     "__init__": {"language_model", "config"},
 }

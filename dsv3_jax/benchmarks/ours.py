@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from dsv3_jax.benchmarks.networks import DECODE_BATCHES, NEW_TOKENS, PROMPT_LENGTH, WORKLOADS, Workload
-from dsv3_jax.host_memory import keep_freed_memory
 from dsv3_jax.model import cast_params, init_params
 from dsv3_jax.serve.engine import generate_tokens
 from dsv3_jax.sharding.mesh import make_mesh
@@ -78,6 +77,5 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     suite, workload_name = sys.argv[1:]
     print(json.dumps({"train_step": train_step, "decode": decode}[suite](WORKLOADS[workload_name])))

@@ -16,7 +16,6 @@ import transformers
 
 from dsv3_jax.benchmarks.networks import DECODE_BATCHES, NEW_TOKENS, PROMPT_LENGTH, WORKLOADS, Workload
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.host_memory import keep_freed_memory
 
 WARMUP_STEPS, STEPS = 1, 5
 SHARED_FIELDS = (
@@ -109,7 +108,6 @@ def _peak(device: str) -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     suite, workload_name = sys.argv[1:]
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     measured_on = "cuda" if torch.cuda.is_available() else "cpu"
