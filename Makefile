@@ -23,7 +23,7 @@ $(UV):
 
 demo: setup
 	rm -rf $(EXPORT)
-	$(RUN) launch/prepare_data.py --output=$(DEMO)/corpus
+	$(RUN) launch/prepare_data.py --output=$(DEMO)/corpus --max_bytes=12000000 --heldout_fraction=0.03
 	$(RUN) launch/train.py --config=configs/tiny.py --config.data.corpus=$(DEMO)/corpus --workdir=$(DEMO)/run
 	$(RUN) launch/generate.py --workdir=$(DEMO)/run --prompt="def main(" --max_new_tokens=64 --temperature=0.7
 	$(RUN) launch/export_hf.py --workdir=$(DEMO)/run --output=$(EXPORT)

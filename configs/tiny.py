@@ -3,14 +3,14 @@
 Command:   python launch/train.py --config=configs/tiny.py --config.data.corpus=runs/corpus --workdir=runs/tiny
 Hardware:  2 CPU cores.
 Cost:      about 5 minutes.
-Result:    held-out bits per byte fall from about 3.5 to about 2.
+Result:    held-out bits per byte fall from 5.0 untrained to about 2.1.
 """
 
 from dsv3_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 
 SEQUENCE_LENGTH = 256
 BATCH_SIZE = 16
-NUM_STEPS = 400
+NUM_STEPS = 250
 TOKENS_PER_STEP = SEQUENCE_LENGTH * BATCH_SIZE
 
 
@@ -50,18 +50,18 @@ def get_config() -> RunConfig:
             learning_rate_decayed=3e-4,
             learning_rate_last=1e-4,
             warmup_steps=20,
-            constant_tokens=200 * TOKENS_PER_STEP,
-            decay_tokens=150 * TOKENS_PER_STEP,
-            decayed_tokens=30 * TOKENS_PER_STEP,
-            last_tokens=20 * TOKENS_PER_STEP,
+            constant_tokens=120 * TOKENS_PER_STEP,
+            decay_tokens=100 * TOKENS_PER_STEP,
+            decayed_tokens=20 * TOKENS_PER_STEP,
+            last_tokens=10 * TOKENS_PER_STEP,
             init_std=0.02,
             bias_update_speed=0.02,
-            bias_update_tokens=390 * TOKENS_PER_STEP,
-            mtp_loss_weight_tokens=300 * TOKENS_PER_STEP,
+            bias_update_tokens=240 * TOKENS_PER_STEP,
+            mtp_loss_weight_tokens=180 * TOKENS_PER_STEP,
             ema_decay=0.98,
-            eval_every_steps=100,
-            eval_sequences=64,
-            checkpoint_every_steps=100,
+            eval_every_steps=50,
+            eval_sequences=96,
+            checkpoint_every_steps=50,
             peak_tflops=0.1,
         ),
     )
