@@ -4,6 +4,8 @@ Training expands the latent to per-head keys and values. Decoding never does: W_
 into the output, so attention runs on the cached latents themselves.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +16,7 @@ from dsv3_jax.kernels.attention import causal_attention
 from dsv3_jax.model import rope
 from dsv3_jax.model.layers import exact_if_float32, linear, rms_norm
 from dsv3_jax.model.params import declare
+from dsv3_jax.sharding.rules import map_sequences
 
 LATENT_EPS = 1e-6  # the official code leaves the latent norms at this, whatever rms_norm_eps says
 
@@ -54,12 +57,10 @@ class Attention(nnx.Module):
         expanded = linear(latent_BTC, self.kv_b_proj[...])
         k_nope, v_BTNU = jnp.split(expanded, [self.config.qk_nope_head_dim], axis=-1)
         k_rope_BTNR = jnp.broadcast_to(k_rope_BTR[:, :, None], (*k_nope.shape[:-1], k_rope_BTR.shape[-1]))
-        out_BTNU = causal_attention(
-            jnp.concatenate([q_nope, q_rope], axis=-1),
-            jnp.concatenate([k_nope, k_rope_BTNR], axis=-1),
-            v_BTNU,
-            scale=rope.softmax_scale(self.config),
-        )
+        q_BTNX = jnp.concatenate([q_nope, q_rope], axis=-1)
+        k_BTNX = jnp.concatenate([k_nope, k_rope_BTNR], axis=-1)
+        attend = functools.partial(causal_attention, scale=rope.softmax_scale(self.config))
+        out_BTNU = map_sequences(attend, (q_BTNX, k_BTNX, v_BTNU))
         return self._project_out(out_BTNU), cached_BTZ
 
     def decode(self, x_BTD, cosines, sines, cache_BSZ, lengths_B) -> tuple[jax.Array, jax.Array]:

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels import grouped_matmul as kernel
 from dsv3_jax.model.layers import FeedForward, swiglu
 from dsv3_jax.model.params import declare
 from dsv3_jax.model.router import balance_loss, route, tokens_per_expert
-from dsv3_jax.sharding.rules import activation_spec
+from dsv3_jax.sharding.rules import map_sequences
 
 
 class MoEStatistics(typing.NamedTuple):
@@ -68,15 +67,7 @@ class Experts(nnx.Module):
 
         On a mesh every device serves its own sequences with all experts.
         """
-        gate_up, down = self.gate_up_proj[...], self.down_proj[...]
-        if jax.sharding.get_abstract_mesh().empty:
-            return _serve(x_BTD, experts_BTK, weights_BTK, gate_up, down)
-        tokens = activation_spec("batch")
-        serve_locally = jax.shard_map(
-            _serve, in_specs=(tokens, tokens, tokens, PartitionSpec(), PartitionSpec()), out_specs=tokens,
-            check_vma=False,
-        )  # fmt: skip
-        return serve_locally(x_BTD, experts_BTK, weights_BTK, gate_up, down)
+        return map_sequences(_serve, (x_BTD, experts_BTK, weights_BTK), (self.gate_up_proj[...], self.down_proj[...]))
 
 
 def _serve(x_BTD, experts_BTK, weights_BTK, gate_up_ED2F, down_EFD) -> jax.Array:

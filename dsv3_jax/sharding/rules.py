@@ -8,6 +8,7 @@
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -27,6 +28,23 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, activation_spec(*axes))
+
+
+def map_sequences(function: Callable, of_sequences: tuple, of_all: tuple = ()) -> jax.Array:
+    """Calls function(*of_sequences, *of_all) on every device with its own sequences; without a mesh, once.
+
+    For what XLA cannot split by itself, such as a kernel.
+
+    Args:
+      function: maps arrays whose first dimension is the batch, and others, to one with the batch first.
+      of_sequences: arrays [B, ...].
+      of_all: arrays that are whole on every device.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(*of_sequences, *of_all)
+    own = activation_spec("batch")
+    in_specs = (own,) * len(of_sequences) + (PartitionSpec(),) * len(of_all)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=own, check_vma=False)(*of_sequences, *of_all)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, *, leading_dims: int = 0) -> NamedSharding:
