@@ -3,7 +3,7 @@
 Command:   python launch/train.py --config=configs/tiny.py --config.data.corpus=runs/corpus --workdir=runs/tiny
 Hardware:  2 CPU cores.
 Cost:      about 5 minutes.
-Result:    held-out bits per byte fall from 5.0 untrained to about 2.1.
+Result:    held-out bits per byte fall to 2.9 after 50 steps and 2.3 at the end.
 """
 
 from dsv3_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig

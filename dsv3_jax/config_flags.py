@@ -36,6 +36,8 @@ def run(main: Callable[[], None]) -> None:
     def run_main(argv: list[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"error: unexpected argument {argv[1]!r}; settings are written --config.name=value")
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
         try:
             main()
         except (ValueError, OSError) as error:

@@ -8,7 +8,7 @@ The same command continues from the newest checkpoint. SIGTERM saves and exits 0
 import signal
 import sys
 
-from absl import flags, logging
+from absl import flags
 
 from dsv3_jax import config_flags
 from dsv3_jax.train.loop import train
@@ -17,8 +17,6 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints, metri
 
 
 def main() -> None:
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
     try:
         stopped_by = train(config_flags.resolve(), _WORKDIR.value)
     except FloatingPointError as error:
