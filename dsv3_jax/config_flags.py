@@ -27,19 +27,24 @@ def define() -> None:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # so that --help lists it
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
     """Parses the command line and runs main; what a user can mend ends with its message alone and exit code 1.
 
     `--verbosity=1` shows the traceback as well.
+
+    Args:
+      main: called without arguments, or with the list of those that are no flags.
+      takes_arguments: whether there may be any.
     """
 
     def run_main(argv: list[str]) -> None:
-        if len(argv) > 1:
-            sys.exit(f"error: unexpected argument {argv[1]!r}; settings are written --config.name=value")
+        arguments = argv[1:]
+        if arguments and not takes_arguments:
+            sys.exit(f"error: unexpected argument {arguments[0]!r}; settings are written --config.name=value")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:
-            main()
+            main(arguments) if takes_arguments else main()
         except (ValueError, OSError) as error:
             logging.debug("stopped by", exc_info=error)
             sys.exit(f"error: {error}")

@@ -10,9 +10,10 @@ windows half a window apart, so that all but the first window's have at least ha
 import pathlib
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 
 import dsv3_jax
+from dsv3_jax import config_flags
 from dsv3_jax.checkpoint.training import newest_step, read_run
 from dsv3_jax.config import MeshConfig, ModelConfig, require
 from dsv3_jax.sharding.mesh import make_mesh
@@ -72,13 +73,5 @@ def read_text(file: str) -> str:
     return text
 
 
-def run(argv: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
-    try:
-        main(argv[1:])
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-
-
 if __name__ == "__main__":
-    app.run(run)
+    config_flags.run(main, takes_arguments=True)
