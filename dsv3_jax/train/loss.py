@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.model import forward
+from dsv3_jax.model.layers import exact_if_float32
 
 
 class Losses(NamedTuple):
@@ -110,7 +111,7 @@ def _weighted_cross_entropy_fwd(h_BTD, head_DV, targets_BT, weights_BT, num_colu
         is_target_BtV = jax.lax.broadcasted_iota(jnp.int32, logits_BtV.shape, 2) == targets_Bt[..., None]
         probability_BtV = jnp.exp(logits_BtV - log_normalizer_Bt[..., None])
         logits_grad_BtV = ((probability_BtV - is_target_BtV) * weights_Bt[..., None]).astype(h_BtD.dtype)
-        precision = _precision(h_BtD.dtype)
+        precision = exact_if_float32(h_BtD.dtype)
         h_grad_BtD = jnp.einsum("btv,dv->btd", logits_grad_BtV, compute_head_DV, precision=precision)
         head_grad_DV += jnp.einsum(
             "btd,btv->dv", h_BtD, logits_grad_BtV, precision=precision, preferred_element_type=jnp.float32
@@ -135,12 +136,8 @@ weighted_cross_entropy.defvjp(_weighted_cross_entropy_fwd, _weighted_cross_entro
 
 
 def _logits(h_BtD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    precision = _precision(h_BtD.dtype)
+    precision = exact_if_float32(h_BtD.dtype)
     return jnp.einsum("btd,dv->btv", h_BtD, head_DV, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _target_losses(logits_BtV: jax.Array, targets_Bt: jax.Array) -> tuple[jax.Array, jax.Array]:
