@@ -18,7 +18,7 @@ $(UV):
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .tools "uv==0.13.9"
 
 .venv/.synced: pyproject.toml uv.lock | $(UV)
-	UV_PROJECT_ENVIRONMENT=.venv $(UV) sync --quiet --locked --inexact --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')"
+	UV_PROJECT_ENVIRONMENT=.venv $(UV) sync --quiet --locked --inexact --extra data --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')"
 	@touch $@
 
 demo: setup
