@@ -1,0 +1,166 @@
+"""Maps functions over shards: in this process, in processes of this machine, or on a Ray cluster.
+
+Every runner keeps one promise: results come in the order of the items, whatever finishes first, so that what is made of
+them does not depend on the runner or on the number of workers.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+from dsv3_jax.config import require
+
+RUNNERS = ("local", "ray")
+ITEMS_PER_WORKER = 2  # in flight: one that runs and one that waits
+
+
+class Runner(Protocol):
+    """Calls a function on many items."""
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """Yields function(item) in the order of the items.
+
+        A few items are in flight at a time, the rest are not looked at yet. Closing the iterator early waits for those
+        that run and drops those that wait.
+
+        Args:
+          function: picklable by name (defined in a module).
+          items: picklable.
+
+        Raises:
+          Whatever the function raises, for the first item in order that fails.
+          ValueError: a worker process died.
+        """
+
+
+@contextlib.contextmanager
+def open_runner(name: str, *, num_workers: int, ray_address: str) -> Iterator[Runner]:
+    """Gives a runner and ends its workers afterwards.
+
+    Args:
+      name: "local": processes of this machine; "ray": tasks of a Ray cluster, which must see the same files under the
+        same paths and have dsv3_jax installed.
+      num_workers: items worked on at a time. With local, 1 stands for this very process.
+      ray_address: cluster to join; empty: one started here, with num_workers CPUs.
+
+    Raises:
+      ValueError: no such runner, num_workers below 1, an address without a cluster, or Ray is not installed.
+    """
+    require(name in RUNNERS, "runner", name, f"choose one of {', '.join(RUNNERS)}")
+    require(num_workers >= 1, "workers", num_workers, "must be at least 1")
+    require(name == "ray" or not ray_address, "ray_address", ray_address, "needs --runner=ray")
+    if name == "ray":
+        with _ray_cluster(num_workers, ray_address) as runner:
+            yield runner
+    elif num_workers == 1:
+        yield SerialRunner()
+    else:
+        with ProcessRunner(num_workers) as runner:
+            yield runner
+
+
+class SerialRunner:
+    """Works on one item after the other in this process."""
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """See `Runner.map`."""
+        return map(function, items)
+
+
+class ProcessRunner:
+    """Works in processes of this machine, which end with this one, however it ends. A context manager."""
+
+    def __init__(self, num_workers: int):
+        self._num_workers = num_workers
+        # Spawned, not forked: forked children would inherit locks, those of threads and those on files.
+        self._pool = concurrent.futures.ProcessPoolExecutor(
+            num_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker
+        )
+
+    def __enter__(self) -> "ProcessRunner":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """See `Runner.map`."""
+        in_flight = collections.deque()
+        try:
+            for item in items:
+                in_flight.append(self._pool.submit(function, item))
+                if len(in_flight) == ITEMS_PER_WORKER * self._num_workers:
+                    yield in_flight.popleft().result()
+            while in_flight:
+                yield in_flight.popleft().result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise ValueError(f"workers={self._num_workers}: one was killed, perhaps for want of memory; start again to "
+                             "continue, with fewer workers if it recurs") from error  # fmt: skip
+        finally:
+            concurrent.futures.wait([future for future in in_flight if not future.cancel()])
+
+
+def _begin_worker() -> None:
+    """Leaves Ctrl-C to the parent, one core to each worker, and ends the worker when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+class RayRunner:
+    """Works in tasks of the Ray cluster that this process has joined. Build it with `open_runner`."""
+
+    def __init__(self, num_workers: int):
+        self._num_workers = num_workers
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """See `Runner.map`. A task whose node is lost is repeated on another."""
+        ray = importlib.import_module("ray")
+        remote = ray.remote(num_cpus=1)(function)
+        in_flight = collections.deque()
+        try:
+            for item in items:
+                in_flight.append(remote.remote(item))
+                if len(in_flight) == ITEMS_PER_WORKER * self._num_workers:
+                    yield ray.get(in_flight.popleft())
+            while in_flight:
+                yield ray.get(in_flight.popleft())
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except ray.exceptions.WorkerCrashedError as error:
+            raise ValueError(f"runner='ray': a worker was killed, perhaps for want of memory ({error}); start again to "
+                             "continue") from error  # fmt: skip
+        finally:
+            for reference in in_flight:
+                ray.cancel(reference)
+            ray.wait(list(in_flight), num_returns=len(in_flight)) if in_flight else None
+
+
+@contextlib.contextmanager
+def _ray_cluster(num_workers: int, address: str) -> Iterator[RayRunner]:
+    try:
+        ray = importlib.import_module("ray")
+    except ModuleNotFoundError as error:
+        raise ValueError("runner='ray': Ray is not installed; pip install 'dsv3-jax[ray]'") from error
+    start = {"address": address} if address else {"num_cpus": num_workers, "include_dashboard": False}
+    try:
+        ray.init(log_to_driver=False, **start)
+    except ConnectionError as error:
+        raise ValueError(f"ray_address={address!r}: no cluster answers ({error}); check the address") from error
+    try:
+        yield RayRunner(num_workers)
+    finally:
+        ray.shutdown()
