@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MIN_VOCAB_SIZE, PAD_TOKEN, Tokenizer, train_tokenizer
+from dsv3_jax.data.tokenizer import (
+    BOS_TOKEN,
+    CONTROL_TOKENS,
+    EOS_TOKEN,
+    MIN_VOCAB_SIZE,
+    PAD_TOKEN,
+    Tokenizer,
+    train_tokenizer,
+)
 
 TEXTS = [
     "def total(numbers):\n    return sum(numbers)  # 1234567 in all\n\n",
@@ -44,7 +52,12 @@ def test_every_byte_has_a_token(tokenizer):
 def test_special_tokens_are_the_published_ones_and_text_never_becomes_one(tokenizer):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
     assert [tokenizer.token_bytes[i] for i in range(3)] == [b"", b"", b""]
-    assert min(tokenizer.encode(BOS_TOKEN + EOS_TOKEN + PAD_TOKEN)) > 2
+    size = tokenizer.vocab_size
+    begin, hole, end = tokenizer.fim_token_ids
+    assert (hole, begin, end) == (size - 15, size - 14, size - 13)  # as published: 128800, 128801, 128802 of 128815
+    text = "".join(CONTROL_TOKENS)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert min(tokenizer.encode(text)) > 2 and max(tokenizer.encode(text)) < hole
     text = TEXTS[0]
     assert tokenizer.encode_prompt(text) == [0, *tokenizer.encode(text)]
     assert tokenizer.encode_document(text) == [0, *tokenizer.encode(text), 1]
@@ -89,6 +102,19 @@ def test_published_spelling_of_special_tokens_is_read(tokenizer, tmp_path):
     published = {"bos_token": {"__type": "AddedToken", "content": PAD_TOKEN}, "eos_token": EOS_TOKEN}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(published), "utf-8")
     assert (Tokenizer.load(tmp_path).bos_token_id, Tokenizer.load(tmp_path).eos_token_id) == (2, 1)
+
+
+def test_published_files_leave_chat_and_fim_tokens_unmarked_and_text_still_never_becomes_one(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    published = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    for token in published["added_tokens"][3:]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(published), "utf-8")
+    loaded = Tokenizer.load(tmp_path)
+    text = "".join(CONTROL_TOKENS)
+    assert loaded.encode(text) == tokenizer.encode(text)
+    assert loaded.fim_token_ids == tokenizer.fim_token_ids
+    assert loaded.token_bytes == tokenizer.token_bytes
 
 
 def test_a_model_must_have_room_for_every_token(tokenizer):
