@@ -23,7 +23,7 @@ from dsv3_jax.checkpoint.hf_names import PublishedTensor, leaf, published_tensor
 from dsv3_jax.checkpoint.hf_source import INDEX, list_tensors, resolve
 from dsv3_jax.checkpoint.safetensors_files import DTYPES, Writer, num_bytes
 from dsv3_jax.config import ModelConfig, require
-from dsv3_jax.fp8.formats import BLOCK, dequantize_blocks, num_blocks, quantize_blocks
+from dsv3_jax.fp8.published_weights import BLOCK, dequantize_blocks, num_blocks, quantize_blocks
 from dsv3_jax.model import param_specs
 from dsv3_jax.model.params import FLOAT32_PARAMS
 

@@ -12,7 +12,7 @@ from typing import Any
 from absl import logging
 
 from dsv3_jax.config import ModelConfig, RopeScaling, require
-from dsv3_jax.fp8.formats import BLOCK
+from dsv3_jax.fp8.published_weights import BLOCK
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 MODEL_TYPE = "deepseek_v3"

@@ -12,7 +12,7 @@ from absl import logging
 from dsv3_jax.checkpoint.hf_names import PublishedTensor, published_tensors
 from dsv3_jax.checkpoint.safetensors_files import DTYPES, Entry, read_header
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.fp8.formats import num_blocks
+from dsv3_jax.fp8.published_weights import num_blocks
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -12,7 +12,7 @@ from random_models import BASE, FP8, STRUCTURES, flatten, random_params
 
 from dsv3_jax.checkpoint import hf
 from dsv3_jax.checkpoint.safetensors_files import DTYPES, Writer, read_header
-from dsv3_jax.fp8.formats import dequantize_blocks, quantize_blocks
+from dsv3_jax.fp8.published_weights import dequantize_blocks, quantize_blocks
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 

@@ -11,6 +11,16 @@ import jax.numpy as jnp
 
 from dsv3_jax.kernels import device
 from dsv3_jax.kernels.grouped_matmul import reference, tuned
+from dsv3_jax.kernels.grouped_matmul.fp8 import grouped_fp8_matmul, grouped_fp8_weight_gradient
+
+__all__ = [
+    "group_starts",
+    "grouped_fp8_matmul",
+    "grouped_fp8_weight_gradient",
+    "grouped_matmul",
+    "padded_rows",
+    "row_alignment",
+]
 
 IMPLEMENTATIONS = ("reference", "pallas_gpu")
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3_jax.fp8.formats import dequantize_blocks, quantize_blocks
+from dsv3_jax.fp8.published_weights import dequantize_blocks, quantize_blocks
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "fp8.npz")
 
