@@ -9,34 +9,28 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from dsv3_jax.config import ModelConfig, require
+from dsv3_jax.data.control_tokens import (
+    ASSISTANT_TOKEN,
+    BOS_TOKEN,
+    CHAT_TEMPLATE,
+    CONTROL_TOKENS,
+    EOS_TOKEN,
+    FIM_BEGIN_TOKEN,
+    FIM_END_TOKEN,
+    FIM_HOLE_TOKEN,
+    FIRST_TOKENS,
+    LAST_TOKENS,
+    PAD_TOKEN,
+    USER_TOKEN,
+)
 
-BOS_TOKEN = "<｜begin▁of▁sentence｜>"
-EOS_TOKEN = "<｜end▁of▁sentence｜>"
-PAD_TOKEN = "<｜▁pad▁｜>"
-FIM_BEGIN_TOKEN = "<｜fim▁begin｜>"
-FIM_HOLE_TOKEN = "<｜fim▁hole｜>"
-FIM_END_TOKEN = "<｜fim▁end｜>"
-USER_TOKEN = "<｜User｜>"
-ASSISTANT_TOKEN = "<｜Assistant｜>"
-TOOL_TOKENS = (
-    *("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"),
-    *("<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
-    "<｜tool▁sep｜>",
-)
-FIRST_TOKENS = (BOS_TOKEN, EOS_TOKEN, PAD_TOKEN)  # their ids are 0, 1, 2, as published
-# These take the ids behind the last merge, in the published order.
-LAST_TOKENS = (
-    *(FIM_HOLE_TOKEN, FIM_BEGIN_TOKEN, FIM_END_TOKEN, USER_TOKEN, ASSISTANT_TOKEN, "<|EOT|>"),
-    *TOOL_TOKENS,
-)
-CONTROL_TOKENS = (*FIRST_TOKENS, *LAST_TOKENS)
 MIN_VOCAB_SIZE = len(CONTROL_TOKENS) + 256
 
 # Applied one after the other; each match becomes a piece that no merge crosses.
@@ -121,6 +115,11 @@ class Tokenizer:
                 f"{' '.join(names)}; set it to 0 or train a tokenizer with launch/tokenizer.py")  # fmt: skip
         return ids
 
+    def special_tokens(self) -> dict[str, int]:
+        """Gives the tokens that text never turns into, with their ids, in the order of these."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in sorted(added.items()) if token.special}
+
     def encode(self, text: str) -> list[int]:
         """Encodes text, without bos and eos.
 
@@ -137,6 +136,32 @@ class Tokenizer:
     def encode_document(self, text: str) -> list[int]:
         """Encodes a whole document: bos, the text, eos."""
         return [self.bos_token_id, *self.encode(text), self.eos_token_id]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Encodes a chat up to where the assistant's next answer begins, as transformers' `apply_chat_template` does.
+
+        Args:
+          messages: {"role": "system" | "user" | "assistant", "content": text}, in order. What systems say comes first.
+
+        Raises:
+          ValueError: another role, or the tokenizer has no tokens for users and assistants.
+        """
+        marks = {"user": self._chat_token_id(USER_TOKEN), "assistant": self._chat_token_id(ASSISTANT_TOKEN)}
+        systems = [message["content"] for message in messages if message["role"] == "system"]
+        ids = [self.bos_token_id, *self.encode("\n\n".join(systems))]
+        for position, message in enumerate(messages):
+            role = message["role"]
+            require(role in ("system", *marks), f"messages[{position}] role", role, "use system, user or assistant")
+            if role in marks:
+                ids += [marks[role], *self.encode(message["content"])]
+            if role == "assistant":
+                ids.append(self.eos_token_id)
+        return [*ids, marks["assistant"]]
+
+    def _chat_token_id(self, name: str) -> int:
+        token_id = self._backend.token_to_id(name)
+        require(token_id is not None, "tokenizer", self.sha256[:12], f"has no {name}; use a tokenizer for chat")
+        return token_id
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encodes whole documents on all cores; each is an int64 array that begins with bos and ends with eos.
@@ -180,12 +205,15 @@ class Tokenizer:
                     f"the tokenizer's is {own}; set it to that")  # fmt: skip
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Tokenizer:
     """Trains a byte-level BPE; the same texts in the same order give the same tokenizer.
+
+    Memory grows with the number of different words, about 10 bytes per byte of text.
 
     Args:
       texts: documents, read once.
       vocab_size: tokens in all, control tokens and the 256 bytes included. Little text may yield fewer.
+      show_progress: draw bars for counting words and for merging them.
 
     Raises:
       ValueError: vocab_size has no room for the control tokens and the bytes.
@@ -201,7 +229,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size - len(LAST_TOKENS),
         special_tokens=list(FIRST_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=show_progress,
     )
     backend.train_from_iterator(texts, trainer)
     backend.add_special_tokens(list(LAST_TOKENS))
@@ -214,6 +242,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         "add_bos_token": True,
         "add_eos_token": False,
         "bos_token": BOS_TOKEN,
+        "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "eos_token": EOS_TOKEN,
         "pad_token": PAD_TOKEN,
