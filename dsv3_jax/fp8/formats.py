@@ -113,8 +113,10 @@ def quantize_weight_blocks(weight_RK: jax.Array) -> QuantizedArray:
       weight_RK: [..., R, K], computed in float32; leading dimensions are separate matrices.
     """
     weight_RK = weight_RK.astype(jnp.float32)
-    amax_rk = jnp.abs(_split(_split(weight_RK, -1), -3)).max(axis=(-3, -1))
-    scales_rk = _divide_exactly(jnp.maximum(amax_rk, MIN_AMAX), E4M3_MAX)
+    # As integers, whose largest is NaN where there is one: XLA's maximum of floats sometimes loses it.
+    magnitude_bits = jax.lax.bitcast_convert_type(jnp.abs(_split(_split(weight_RK, -1), -3)), jnp.int32)
+    amax_rk = jax.lax.bitcast_convert_type(magnitude_bits.max(axis=(-3, -1)), jnp.float32)
+    scales_rk = _divide_exactly(jnp.where(amax_rk < MIN_AMAX, MIN_AMAX, amax_rk), E4M3_MAX)
     codes_RK = jnp.clip(weight_RK / _spread_blocks(scales_rk, weight_RK.shape), -E4M3_MAX, E4M3_MAX).astype(E4M3)
     unused = padded_blocks(weight_RK.shape[-1]) - scales_rk.shape[-1]
     return QuantizedArray(codes_RK, jnp.pad(scales_rk, _pad_widths(scales_rk.ndim, -1, unused)), "block")
