@@ -184,11 +184,15 @@ class DataConfig:
 
     corpus: str = setting("", "directory written by launch/prepare_data.py")
     sequence_length: int = setting(4096, "tokens per training sequence")
+    mixture: str = setting("", "weights as SOURCE=WEIGHT,... (not named: 0), phases as TOKENS:SOURCE=WEIGHT,...;TOKENS:"
+                           "...; empty: the weights that the corpus was prepared with")  # fmt: skip
     prefetch_windows: int = setting(256, "sequences read ahead of the step")
+    reader_threads: int = setting(2, "threads that read ahead; 0: none, every batch is read when it is asked for")
 
     def __post_init__(self):
         _require_types(self, "data.")
         _require_positive(self, "data", "sequence_length", "prefetch_windows")
+        require(self.reader_threads >= 0, "data.reader_threads", self.reader_threads, "must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)

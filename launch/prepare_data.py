@@ -54,9 +54,9 @@ def main() -> None:
     prepared = open_corpus(_OUTPUT.value)
     if not is_new:
         console.print(f"{_OUTPUT.value} is already prepared with these arguments; nothing to do.")
-    for split, counts in prepared.manifest["splits"].items():
-        console.print(f"{split:8} {counts['documents']:>8,} documents {counts['utf8_bytes']:>14,} bytes "
-                      f"{counts['tokens']:>13,} tokens", highlight=False)  # fmt: skip
+    for split in ("train", "heldout"):
+        console.print(f"{split:8} {prepared.num_documents(split):>8,} documents {prepared.num_bytes(split):>14,} bytes "
+                      f"{prepared.num_tokens(split):>13,} tokens", highlight=False)  # fmt: skip
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in prepared.manifest["skipped"].items() if count)
     console.print(f"vocabulary {prepared.vocab_size:,}; files left out: {skipped or 'none'}", highlight=False)
 

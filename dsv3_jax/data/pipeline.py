@@ -1,71 +1,67 @@
 """Token windows for training and for evaluation.
 
-Training reads windows of T + 1 tokens, T apart, so that every token is a target once per epoch; documents follow one
-another without attention masks (§4.1). A batch is a pure function of (seed, position): position, the number of windows
-consumed, is all the state there is, and neither threads nor read-ahead nor batch sizes change what stands where.
+Training reads windows of T + 1 tokens, T apart, so that every token of a source is a target once per epoch of that
+source; documents follow one another without attention masks (§4.1). The mixture says which source each window is from.
+A batch is a pure function of (seed, position): position, the number of windows consumed, is all the state there is, and
+neither threads nor read-ahead nor batch sizes nor the number of processes change what stands where.
 """
 
 import dataclasses
-import hashlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-import grain
 import numpy as np
 
-from dsv3_jax.config import require
-from dsv3_jax.data.prepared import Corpus
+from dsv3_jax.config import DataConfig, require
+from dsv3_jax.data.mixture import Mixture, order_seed, parse_mixture, recipe_mixture
+from dsv3_jax.data.prepared import Corpus, PreparedSource
+
+SHUFFLE_ROUNDS = 4
 
 
 class TrainBatches:
     """Gives the training batches of a corpus, from any position on.
 
-    Window number `position` of the endless stream is element `position % num_windows` of epoch
-    `position // num_windows`; every epoch has its own order.
+    Every source is an endless stream of windows: epoch after epoch, each in an order of its own. The mixture takes the
+    windows of the sources in the order of those streams.
 
     Attributes:
       position: windows consumed so far; a `TrainBatches` started there continues the stream.
-      num_windows: windows of one epoch.
-      num_unused_tokens: tokens at the end of the corpus that fill no window and are never a target.
+      sources: name -> `SourceWindows`, for all sources of the corpus.
+      mixture: the `Mixture`.
     """
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        *,
-        sequence_length: int,
-        seed: int,
-        prefetch_windows: int,
-        position: int = 0,
-        num_threads: int = 2,
-    ):
+    def __init__(self, corpus: Corpus, config: DataConfig, *, seed: int, position: int = 0):
         """Opens the stream.
 
         Args:
           corpus: a prepared corpus.
-          sequence_length: T, tokens per sequence.
-          seed: determines the order of every epoch.
-          prefetch_windows: windows read ahead of the consumer; at least one batch per thread is.
+          config: length of the sequences, mixture, read-ahead.
+          seed: determines the order of every epoch, and that of the sources.
           position: windows that were consumed before.
-          num_threads: threads that read ahead; 0 reads when asked.
 
         Raises:
-          ValueError: the corpus has less than one window, or position is negative.
+          ValueError: the mixture is not one of this corpus, a source that it names has less than one window, or
+            position is negative.
         """
         require(position >= 0, "position", position, "must not be negative")
-        windows = _Windows(corpus.tokens("train"), sequence_length)
-        self.num_windows = len(windows)
-        num_tokens = corpus.num_tokens("train")
-        require(self.num_windows > 0, "data.sequence_length", sequence_length,
-                f"{corpus.directory} has {num_tokens} training tokens and one window takes sequence_length + 1; "
-                "shorten the sequences or prepare more text")  # fmt: skip
-        self.num_unused_tokens = num_tokens - 1 - self.num_windows * sequence_length
+        if config.mixture:
+            phases = parse_mixture(config.mixture)
+        else:
+            phases = recipe_mixture({name: source.weight for name, source in corpus.sources.items()})
+        self.mixture = Mixture(phases, sources=tuple(corpus.sources), sequence_length=config.sequence_length, seed=seed)
+        self.sources = {
+            name: SourceWindows(source, sequence_length=config.sequence_length, seed=seed)
+            for name, source in corpus.sources.items()
+        }
         self.position = position
-        self._stream = grain.MapDataset.source(windows).shuffle(seed=_order_seed(seed)).repeat()
-        self._stream[position]  # Grain prepares its datasets at the first read, and not safely in several threads.
-        self._prefetch_windows = prefetch_windows
-        self._num_threads = num_threads
+        for (name, source), is_used in zip(self.sources.items(), self.mixture.is_used()):
+            require(source.num_windows > 0 or not is_used, "data.sequence_length", config.sequence_length,
+                    f"the source {name} of {corpus.directory} has {source.num_tokens} training tokens and one window "
+                    "takes sequence_length + 1; shorten the sequences, prepare more text, or leave the source out of "
+                    "data.mixture")  # fmt: skip
+        self._config = config
         self._reader = None
         self._reader_reads = None
 
@@ -85,6 +81,14 @@ class TrainBatches:
         self.position += batch_size
         return batch_BT
 
+    def epochs(self, position: int) -> dict[str, float]:
+        """Gives how many times each source was read before a position; 0 for a source without a window."""
+        windows = self.mixture.windows_before(position)
+        return {
+            name: int(count) / max(1, source.num_windows)
+            for (name, source), count in zip(self.sources.items(), windows)
+        }
+
     def close(self) -> None:
         """Stops reading ahead."""
         if self._reader is not None:
@@ -92,34 +96,53 @@ class TrainBatches:
         self._reader = self._reader_reads = None
 
     def _restart_reader(self, batch_size: int, rows: range) -> None:
+        import grain  # heavy; the tokenizer and the evaluation do without
+
         self.close()
-        batches = grain.MapDataset.source(_Batches(self._stream, self.position, batch_size, rows))
-        batches_ahead = max(1, self._num_threads, math.ceil(self._prefetch_windows / len(rows)))
-        options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=batches_ahead)
-        self._reader = iter(batches.to_iter_dataset(options))
+        batches = _Batches(self.mixture, tuple(self.sources.values()), self.position, batch_size, rows)
+        batches_ahead = max(1, self._config.reader_threads, math.ceil(self._config.prefetch_windows / len(rows)))
+        options = grain.ReadOptions(num_threads=self._config.reader_threads, prefetch_buffer_size=batches_ahead)
+        self._reader = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
         self._reader_reads = (batch_size, rows)
 
 
-class _Windows:
-    """Window i holds the tokens [i T, i T + T]: its last token is the first of the next one."""
+class SourceWindows:
+    """The endless stream of a source's training windows.
 
-    def __init__(self, tokens: np.ndarray, sequence_length: int):
-        self._tokens = tokens
+    Window i of the text holds the tokens [i T, i T + T]: its last token is the first of the next one.
+
+    Attributes:
+      sequence_length: T.
+      num_tokens: tokens of one epoch.
+      num_windows: windows of one epoch.
+      num_unused_tokens: tokens at the end of the source that fill no window and are never a target.
+    """
+
+    def __init__(self, source: PreparedSource, *, sequence_length: int, seed: int):
+        self._tokens = source.tokens("train")
         self.sequence_length = sequence_length
+        self._seed = order_seed(f"order of windows of {source.name} {seed}")
+        self.num_tokens = len(self._tokens)
+        self.num_windows = max(0, (self.num_tokens - 1) // sequence_length)
+        self.num_unused_tokens = max(0, self.num_tokens - 1 - self.num_windows * sequence_length)
 
-    def __len__(self) -> int:
-        return max(0, (len(self._tokens) - 1) // self.sequence_length)
+    def read(self, number: int, out_T: np.ndarray) -> None:
+        """Copies a window of the stream into an array of T + 1 integers."""
+        from grain.experimental import index_shuffle
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        start = index * self.sequence_length
-        return self._tokens[start : start + self.sequence_length + 1].astype(np.int32)
+        epoch, element = divmod(number, self.num_windows)
+        window = index_shuffle(element, self.num_windows - 1, (self._seed + epoch) % 2**32, SHUFFLE_ROUNDS)
+        start = window * self.sequence_length
+        out_T[:] = self._tokens[start : start + self.sequence_length + 1]
 
 
 class _Batches:
     """Batch i holds the given rows of the windows [position + i batch_size, position + (i + 1) batch_size)."""
 
-    def __init__(self, stream: grain.MapDataset, position: int, batch_size: int, rows: range):
-        self._stream = stream
+    def __init__(self, mixture: Mixture, sources: tuple[SourceWindows, ...], position: int, batch_size: int,
+                 rows: range):  # fmt: skip
+        self._mixture = mixture
+        self._sources = sources
         self._position = position
         self._batch_size = batch_size
         self._rows = rows
@@ -129,41 +152,44 @@ class _Batches:
 
     def __getitem__(self, index: int) -> np.ndarray:
         start = self._position + index * self._batch_size
-        return np.stack([self._stream[start + row] for row in self._rows])
+        sequence_length = self._sources[0].sequence_length
+        tokens_BT = np.empty((len(self._rows), sequence_length + 1), np.int32)
+        for row, tokens_T in zip(self._rows, tokens_BT):
+            source, number = self._mixture.place(start + row)
+            self._sources[source].read(number, tokens_T)
+        return tokens_BT
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationBatch:
     """Sequences to score, and what their scores are worth.
 
-    With nll_BT in nats for the targets tokens_BT[:, 1:], bits per byte of any set of batches is
-    sum(nll_BT * weights_BT) / ln 2 / sum(num_bytes).
+    With nll_BT in nats for the targets tokens_BT[:, 1:], bits per byte of any set of rows is
+    sum(nll_BT * weights_BT) / ln 2 / sum(num_bytes_B).
     """
 
     tokens_BT: np.ndarray  # int32 [batch_size, T + 1]
     weights_BT: np.ndarray  # float32 [batch_size, T]: 1 where the target counts, 0 for bos and padding
-    num_bytes: int  # UTF-8 bytes of text that the counted targets stand for
+    num_bytes_B: np.ndarray  # int64 [batch_size]: UTF-8 bytes of text that the row's counted targets stand for
+    source_B: np.ndarray  # int32 [batch_size]: number of the source that the row is from
 
 
 def heldout_windows(
-    corpus: Corpus,
-    *,
-    sequence_length: int,
-    batch_size: int,
-    max_sequences: int | None = None,
+    corpus: Corpus, *, sequence_length: int, batch_size: int, max_sequences: int | None = None
 ) -> Iterator[EvaluationBatch]:
-    """Gives the held-out documents as batches of one shape; see `evaluation_windows`.
+    """Gives the held-out documents of all sources as batches of one shape; see `evaluation_windows`.
+
+    Sources are numbered as in `corpus.sources`.
 
     Raises:
       ValueError: the corpus has no held-out tokens.
     """
-    tokens = corpus.tokens("heldout")
-    require(len(tokens) > 0, "data.corpus", str(corpus.directory),
+    require(corpus.num_tokens("heldout") > 0, "data.corpus", str(corpus.directory),
             "has no held-out documents; prepare one with --heldout_fraction above 0")  # fmt: skip
     return evaluation_windows(
-        tokens,
+        [source.tokens("heldout") for source in corpus.sources.values()],
         num_bytes_of_token=corpus.token_bytes,
-        bos_token_id=corpus.manifest["tokenizer"]["bos_token_id"],
+        bos_token_id=corpus.bos_token_id,
         sequence_length=sequence_length,
         batch_size=batch_size,
         max_sequences=max_sequences,
@@ -171,7 +197,7 @@ def heldout_windows(
 
 
 def evaluation_windows(
-    tokens: np.ndarray,
+    sources: Sequence[np.ndarray],
     *,
     num_bytes_of_token: np.ndarray,
     bos_token_id: int,
@@ -183,31 +209,39 @@ def evaluation_windows(
 
     The windows are those of training: T + 1 tokens, T apart, documents packed without masks. Every token of text and
     every eos counts once; bos opens a document and is never a counted target, so a document's first token is predicted
-    from bos. The last window and the last batch are padded with weight 0. Over all windows, num_bytes adds up to the
-    UTF-8 bytes of the documents exactly; eos costs bits but stands for no byte.
+    from bos. A source's last window and the last batch are padded with weight 0. Over all windows, num_bytes_B adds up
+    to the UTF-8 bytes of the documents exactly; eos costs bits but stands for no byte.
 
     Args:
-      tokens: flat tokens of whole documents, the first of them bos.
+      sources: of each source the flat tokens of whole documents, the first of them bos.
       num_bytes_of_token: bytes of text of each token id.
       bos_token_id: id that opens a document.
       sequence_length: T.
       batch_size: rows of every batch.
-      max_sequences: windows to give, evenly spaced over all of them; None gives all.
+      max_sequences: windows to give, each source its share evenly spaced over its own and at least one; None gives all.
     """
-    num_windows = math.ceil((len(tokens) - 1) / sequence_length)
-    num_chosen = num_windows if max_sequences is None else min(max_sequences, num_windows)
-    chosen = [index * num_windows // num_chosen for index in range(num_chosen)]
-    for first in range(0, num_chosen, batch_size):
+    chosen = _chosen_windows([math.ceil(max(0, len(t) - 1) / sequence_length) for t in sources], max_sequences)
+    for first in range(0, len(chosen), batch_size):
         tokens_BT = np.full((batch_size, sequence_length + 1), bos_token_id, np.int32)
-        for row, window in enumerate(chosen[first : first + batch_size]):
+        source_B = np.zeros(batch_size, np.int32)
+        for row, (source, window) in enumerate(chosen[first : first + batch_size]):
             start = window * sequence_length
-            piece = tokens[start : start + sequence_length + 1]
+            piece = sources[source][start : start + sequence_length + 1]
             tokens_BT[row, : len(piece)] = piece
+            source_B[row] = source
         targets_BT = tokens_BT[:, 1:]
         weights_BT = (targets_BT != bos_token_id).astype(np.float32)
-        yield EvaluationBatch(tokens_BT, weights_BT, int(num_bytes_of_token[targets_BT].sum()))
+        num_bytes_B = num_bytes_of_token[targets_BT].sum(axis=1, dtype=np.int64)
+        yield EvaluationBatch(tokens_BT, weights_BT, num_bytes_B, source_B)
 
 
-def _order_seed(seed: int) -> int:
-    """Spreads a seed over 32 bits: Grain adds the epoch to it, and neighbouring seeds must not share orders."""
-    return int.from_bytes(hashlib.sha256(f"order of windows {seed}".encode()).digest()[:4], "little")
+def _chosen_windows(windows: list[int], max_sequences: int | None) -> list[tuple[int, int]]:
+    """Gives (source, window) of the windows to score, source after source."""
+    num_all = sum(windows)
+    chosen = []
+    for source, num_windows in enumerate(windows):
+        num_chosen = num_windows
+        if max_sequences is not None and max_sequences < num_all:
+            num_chosen = min(num_windows, max(1, max_sequences * num_windows // num_all))
+        chosen += [(source, index * num_windows // num_chosen) for index in range(num_chosen)]
+    return chosen

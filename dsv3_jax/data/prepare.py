@@ -20,6 +20,7 @@ from dsv3_jax.config import require
 from dsv3_jax.data import corpus, prepared
 from dsv3_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
 
+SOURCE = "text"  # the one source that all documents belong to
 BATCH_BYTES = 2_000_000  # text encoded at a time; its tokens take about 100 times that in memory
 
 OnProgress = Callable[[str, int, int | None], None]  # (stage, UTF-8 bytes done, bytes in all if known)
@@ -141,20 +142,24 @@ def _write(
     with _naming(directory / prepared.TOKEN_BYTES):
         np.save(directory / prepared.TOKEN_BYTES, tokenizer.num_bytes_of_token)
     counter = _Counter("encoding", selection.num_bytes, on_progress)
+    (directory / "tokens").mkdir()
     return {
         "format": prepared.FORMAT,
         "version": prepared.VERSION,
-        "tokenizer": {
-            "sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
+        "tokenizer": prepared.tokenizer_account(tokenizer),
+        "sources": {
+            SOURCE: {
+                "weight": 1.0,
+                "kind": "text",
+                "language": "",
+                "licence": "",
+                "splits": {
+                    name: _write_split(directory, name, documents, tokenizer, counter)
+                    for name, documents in splits.items()
+                },
+            }
         },
-        "splits": {
-            name: _write_split(directory / f"{name}.npy", documents, tokenizer, counter)
-            for name, documents in splits.items()
-        },
-        "sources": _count_sources(selection.documents),
+        "parts": _count_sources(selection.documents),
         "skipped": selection.skipped,
     }
 
@@ -183,27 +188,31 @@ def split(documents: list[corpus.Document], heldout_fraction: float) -> dict[str
 
 
 def _write_split(
-    path: pathlib.Path, documents: list[corpus.Document], tokenizer: Tokenizer, counter: "_Counter"
+    directory: pathlib.Path, name: str, documents: list[corpus.Document], tokenizer: Tokenizer, counter: "_Counter"
 ) -> dict:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    num_tokens = 0
+    dtype = prepared.token_dtype(tokenizer.vocab_size)
+    path, offsets_path = (directory / file(SOURCE, name) for file in (prepared.tokens_file, prepared.offsets_file))
+    offsets = [0]
     with _naming(path), path.open("w+b") as file:
-        _write_npy_header(file, dtype, num_tokens)
+        _write_npy_header(file, dtype, 0)
         for batch in _batches(documents):
             for ids in tokenizer.encode_documents([document.read() for document in batch]):
                 file.write(ids.astype(dtype).tobytes())
-                num_tokens += len(ids)
+                offsets.append(offsets[-1] + len(ids))
             for document in batch:
                 counter.add(document)
-        _write_npy_header(file, dtype, num_tokens)
+        _write_npy_header(file, dtype, offsets[-1])
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with _naming(offsets_path):
+        np.save(offsets_path, np.array(offsets, "<i8"))
     return {
-        "file": path.name,
+        "file": prepared.tokens_file(SOURCE, name),
+        "offsets_file": prepared.offsets_file(SOURCE, name),
         "dtype": dtype.name,
         "documents": len(documents),
         "utf8_bytes": sum(document.num_bytes for document in documents),
-        "tokens": num_tokens,
+        "tokens": offsets[-1],
         "sha256": digest,
     }
 

@@ -51,15 +51,21 @@ def make_score_tokens(config: ModelConfig, mesh: jax.sharding.Mesh, *, chunk_tok
     return jax.jit(score, in_shardings=(None, batch_sharding(mesh)))
 
 
-def score_batches(score_tokens: ScoreTokens, params: dict, batches: Iterable[EvaluationBatch]) -> Score:
-    """Scores all batches; sums in float64."""
-    nats, num_tokens, num_bytes = 0.0, 0, 0
+def score_sources(score_tokens: ScoreTokens, params: dict, batches: Iterable[EvaluationBatch], *,
+                  num_sources: int) -> list[Score]:  # fmt: skip
+    """Scores all batches, every source by itself; sums in float64. A source without a row has a score of zeros."""
+    nats, num_tokens, num_bytes = np.zeros(num_sources), np.zeros(num_sources, int), np.zeros(num_sources, int)
     for batch in batches:
         losses_BT = np.asarray(score_tokens(params, batch.tokens_BT), np.float64)
-        nats += float(np.sum(losses_BT * batch.weights_BT))
-        num_tokens += int(batch.weights_BT.sum())
-        num_bytes += batch.num_bytes
-    return Score(num_bytes, num_tokens, nats)
+        np.add.at(nats, batch.source_B, np.sum(losses_BT * batch.weights_BT, axis=1))
+        np.add.at(num_tokens, batch.source_B, batch.weights_BT.sum(axis=1).astype(int))
+        np.add.at(num_bytes, batch.source_B, batch.num_bytes_B)
+    return [Score(*score) for score in zip(num_bytes.tolist(), num_tokens.tolist(), nats.tolist())]
+
+
+def total(scores: Iterable[Score]) -> Score:
+    """Adds up scores: that of all their texts together."""
+    return Score(*(sum(part) for part in zip(*map(dataclasses.astuple, scores))))
 
 
 def score_text(score_tokens: ScoreTokens, params: dict, text: str, *, tokenizer: Tokenizer, sequence_length: int,
@@ -74,7 +80,7 @@ def score_text(score_tokens: ScoreTokens, params: dict, text: str, *, tokenizer:
     batches = sliding_windows(
         tokens, num_bytes=len(text.encode()), sequence_length=sequence_length, batch_size=batch_size
     )
-    return score_batches(score_tokens, params, batches)
+    return total(score_sources(score_tokens, params, batches, num_sources=1))
 
 
 def sliding_windows(tokens: np.ndarray, *, num_bytes: int, sequence_length: int,
@@ -83,7 +89,7 @@ def sliding_windows(tokens: np.ndarray, *, num_bytes: int, sequence_length: int,
 
     The first window predicts T tokens; each later one only those of its second half that none predicted before, so all
     but the first T tokens are predicted from at least T/2 tokens before them. Every batch has the same shape; what
-    pads the last ones has weight 0. The first batch carries all of num_bytes.
+    pads the last ones has weight 0. The first row carries all of num_bytes.
 
     Args:
       tokens: bos, text, eos.
@@ -102,7 +108,9 @@ def sliding_windows(tokens: np.ndarray, *, num_bytes: int, sequence_length: int,
             tokens_BT[row, : len(piece)] = piece
             num_predicted_before = sequence_length - stride if window else 0
             weights_BT[row, num_predicted_before : len(piece) - 1] = 1
-        yield EvaluationBatch(tokens_BT, weights_BT, num_bytes if first == 0 else 0)
+        num_bytes_B = np.zeros(batch_size, np.int64)
+        num_bytes_B[0] = num_bytes if first == 0 else 0
+        yield EvaluationBatch(tokens_BT, weights_BT, num_bytes_B, source_B=np.zeros(batch_size, np.int32))
 
 
 def heldout_batch_size(config: RunConfig, mesh: jax.sharding.Mesh) -> int:

@@ -7,8 +7,6 @@ average, metrics of every step up to n, held-out evaluation, checkpoint of step 
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import shutil
 import signal
 from pathlib import Path
@@ -22,7 +20,7 @@ from dsv3_jax.data.prepared import TOKENIZER
 from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.train import schedule
 from dsv3_jax.train.ema import host_structs, init_ema, update_ema
-from dsv3_jax.train.evaluate import heldout_batch_size, make_score_tokens, score_batches
+from dsv3_jax.train.evaluate import Score, heldout_batch_size, make_score_tokens, score_sources, total
 from dsv3_jax.train.metrics import RunLog, Screen, Throughput, fetch, progress_line, step_record
 from dsv3_jax.train.plots import write_plots
 from dsv3_jax.train.state import TrainState, abstract_state, fresh_state, init_state, state_shardings
@@ -59,16 +57,15 @@ def train(config: RunConfig, workdir: str | Path) -> signal.Signals | None:
     corpus = open_usable_corpus(config)
     require_same_tokenizer(workdir, corpus)
     progress = read_progress(workdir, config, corpus)
-    batches = TrainBatches(
-        corpus, sequence_length=config.data.sequence_length, seed=config.train.seed, position=progress.position,
-        prefetch_windows=config.data.prefetch_windows,
-    )  # fmt: skip
+    batches = TrainBatches(corpus, config.data, seed=config.train.seed, position=progress.position)
     evaluate = _make_heldout_evaluation(config, mesh, corpus)
     with jax.set_mesh(mesh), Screen() as screen, _StopSignals() as stop_signals, contextlib.closing(batches):
         checkpoints = TrainingCheckpoints(workdir, config)
         copy_tokenizer(workdir, corpus)
         state, ema = _start_or_resume(config, mesh, checkpoints, workdir, screen)
-        reporter = _Reporter(config, workdir, progress.step, screen, num_devices=mesh.size)
+        reporter = _Reporter(config, workdir, progress.step, screen, batches, num_devices=mesh.size)
+        for line in source_lines(batches):
+            screen.say(line)
         is_saved, is_evaluated = newest_step(workdir) == progress.step, progress.step > 0
 
         while not is_finished(config, progress) and not stop_signals.received:
@@ -142,13 +139,12 @@ def read_progress(workdir: str | Path, config: RunConfig, corpus: Corpus) -> Pro
     Raises:
       ValueError: the checkpoint is damaged, or was trained on another corpus.
     """
-    fingerprint = corpus_fingerprint(corpus)
     step = newest_step(workdir)
     if step is None or "optimizer" not in saved_items(workdir, step):
-        return Progress(corpus=fingerprint)
+        return Progress(corpus=corpus.fingerprint)
     progress = Progress(**read_run(workdir, step)[1])
-    require(progress.corpus == fingerprint, "data.corpus", config.data.corpus,
-            "holds other tokens than this run was trained on; name the corpus it began with")  # fmt: skip
+    require(progress.corpus == corpus.fingerprint, "data.corpus", config.data.corpus,
+            "holds other tokens or weights than this run was trained on; name the corpus it began with")  # fmt: skip
     return progress
 
 
@@ -194,24 +190,32 @@ def _start_or_resume(config: RunConfig, mesh: jax.sharding.Mesh, checkpoints: Tr
     return state, init_ema(state.params) if config.train.ema_decay else None
 
 
-def corpus_fingerprint(corpus: Corpus) -> str:
-    """Returns a hash of the corpus's token files and tokenizer, the same wherever the corpus lies."""
-    identity = {name: corpus.manifest[name] for name in ("splits", "tokenizer")}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+def source_lines(batches: TrainBatches) -> list[str]:
+    """Says what a run reads: a line per source with its share of the windows and how often it was read so far."""
+    shares, epochs = batches.mixture.shares(batches.position), batches.epochs(batches.position)
+    return [
+        f"source {name}: {share:.2%} of the sequences, {source.num_tokens:,} tokens in {source.num_windows:,} "
+        f"sequences and {source.num_unused_tokens:,} more that fill none, read {epochs[name]:.3f} times"
+        for (name, source), share in zip(batches.sources.items(), shares)
+    ]
 
 
 def _make_heldout_evaluation(config: RunConfig, mesh, corpus: Corpus):
-    """Builds a function of the parameters that scores the held-out text, always the same windows; None without text."""
+    """Builds a function of the parameters that scores each source's held-out text, always the same windows.
+
+    It gives a dict from source to `Score`, without the sources that have no such text. None without any text.
+    """
     if not corpus.num_tokens("heldout"):
         return None
     score_tokens = make_score_tokens(config.model, mesh, chunk_tokens=config.train.loss_chunk_tokens)
 
-    def evaluate(params: dict):
+    def evaluate(params: dict) -> dict[str, Score]:
         windows = heldout_windows(
             corpus, sequence_length=config.data.sequence_length, batch_size=heldout_batch_size(config, mesh),
             max_sequences=config.train.eval_sequences,
         )  # fmt: skip
-        return score_batches(score_tokens, params, windows)
+        scores = score_sources(score_tokens, params, windows, num_sources=len(corpus.sources))
+        return {name: score for name, score in zip(corpus.sources, scores) if score.num_bytes}
 
     return evaluate
 
@@ -219,10 +223,11 @@ def _make_heldout_evaluation(config: RunConfig, mesh, corpus: Corpus):
 class _Reporter:
     """Logs each step once the next one is under way, so that the device never waits for the host."""
 
-    def __init__(self, config: RunConfig, workdir: str | Path, start_step: int, screen: Screen, *,
-                 num_devices: int):  # fmt: skip
+    def __init__(self, config: RunConfig, workdir: str | Path, start_step: int, screen: Screen, batches: TrainBatches,
+                 *, num_devices: int):  # fmt: skip
         self._config = config
         self._screen = screen
+        self._batches = batches
         self._log = RunLog(workdir, start_step=start_step)
         self._throughput = Throughput(config, num_devices=num_devices)
         self._pending = None
@@ -238,13 +243,20 @@ class _Reporter:
         self._log_pending()
         self._throughput.restart()
 
-    def report_heldout(self, progress: Progress, score) -> None:
-        """Logs an evaluation of the held-out text."""
-        self._log.write({
+    def report_heldout(self, progress: Progress, scores: dict[str, Score]) -> None:
+        """Logs an evaluation of the held-out text: of each source by itself, and of all."""
+        score = total(scores.values())
+        record = {
             "kind": "heldout", "step": progress.step, "tokens": progress.tokens,
             "bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity,
-        })  # fmt: skip
-        self._screen.say(f"step {progress.step}  held-out text: {score.bits_per_byte:.4f} bits per byte")
+        }  # fmt: skip
+        line = f"step {progress.step}  held-out text: {score.bits_per_byte:.4f} bits per byte"
+        if len(scores) > 1:
+            record |= {f"bits_per_byte/{name}": source_score.bits_per_byte for name, source_score in scores.items()}
+            parts = [f"{name} {source_score.bits_per_byte:.4f}" for name, source_score in scores.items()]
+            line += f" ({', '.join(parts)})"
+        self._log.write(record)
+        self._screen.say(line)
 
     def close(self) -> None:
         self._log.close()
@@ -260,6 +272,7 @@ class _Reporter:
         if is_logged or not metrics["is_good"]:
             record = step_record(progress.step, tokens=progress.tokens, settings=settings, metrics=metrics)
             record |= {"tokens_per_second": None, "model_flops_utilization": None} | speed
+            record |= {f"epochs/{name}": epochs for name, epochs in self._batches.epochs(progress.position).items()}
             self._log.write(record)
             self._screen.show(progress_line(self._config, record))
         if metrics["bad_steps_in_row"] >= self._config.train.max_bad_steps:

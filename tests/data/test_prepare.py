@@ -17,7 +17,6 @@ import tokenizers
 from small_text import no_progress, preparation, write_documents
 from tokenizers import normalizers
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import open_corpus, prepare
 from dsv3_jax.data.corpus import Document
 
@@ -38,8 +37,9 @@ def test_token_files_hold_every_document_once(small_corpus, text_directory):
     tokenizer = small_corpus.tokenizer
     found = []
     for split in ("train", "heldout"):
-        tokens = small_corpus.tokens(split)
-        account = small_corpus.manifest["splits"][split]
+        (source,) = small_corpus.sources.values()
+        tokens = source.tokens(split)
+        account = source.account["splits"][split]
         assert tokens.dtype == np.uint16 and tokens.ndim == 1
         ends = np.flatnonzero(tokens == tokenizer.eos_token_id)
         documents = np.split(tokens, ends + 1)
@@ -48,6 +48,7 @@ def test_token_files_hold_every_document_once(small_corpus, text_directory):
         for ids, text in zip(documents, split_texts):
             assert ids.tolist() == tokenizer.encode_document(text)
         assert account["documents"] == len(documents)
+        np.testing.assert_array_equal(source.document_offsets(split), [0, *(ends + 1)])
         assert account["tokens"] == small_corpus.num_tokens(split) == len(tokens)
         assert account["utf8_bytes"] == small_corpus.num_bytes(split) == sum(len(text.encode()) for text in split_texts)
         data = (small_corpus.directory / account["file"]).read_bytes()
@@ -67,11 +68,12 @@ def test_token_ids_beyond_16_bits_are_kept(tmp_path, text_directory):
     prepared_in(tmp_path / "wide", text_directory, tokenizer=str(tokenizer_directory))
     wide, own = open_corpus(tmp_path / "wide"), open_corpus(tmp_path / "own")
     assert wide.vocab_size == 70_001
-    assert wide.tokens("train").dtype == np.uint32
+    wide_tokens, own_tokens = (corpus.sources[prepare.SOURCE].tokens("train") for corpus in (wide, own))
+    assert wide_tokens.dtype == np.uint32
     a = own.tokenizer.token_bytes.index(b"a")
-    expected = own.tokens("train").astype(np.int64)
+    expected = own_tokens.astype(np.int64)
     expected[expected == a] = 70_000
-    np.testing.assert_array_equal(wide.tokens("train"), expected)
+    np.testing.assert_array_equal(wide_tokens, expected)
 
 
 def test_the_split_of_a_document_depends_on_its_text_alone():
@@ -90,7 +92,7 @@ def test_the_split_of_a_document_depends_on_its_text_alone():
 def test_a_corpus_without_heldout_documents_opens(tmp_path, text_directory):
     prepared_in(tmp_path / "corpus", text_directory / "document_0.txt", heldout_fraction=0)
     corpus = open_corpus(tmp_path / "corpus")
-    assert len(corpus.tokens("heldout")) == corpus.num_tokens("heldout") == 0
+    assert len(corpus.sources[prepare.SOURCE].tokens("heldout")) == corpus.num_tokens("heldout") == 0
 
 
 def test_preparing_again_does_nothing_or_refuses(tmp_path, text_directory):
@@ -117,7 +119,7 @@ def test_a_tokenizer_that_loses_bytes_leaves_nothing(tmp_path, small_corpus, tex
     assert [entry.name for entry in tmp_path.iterdir()] == ["tokenizer"]
 
 
-@pytest.mark.parametrize("limit, file", [(2_000, "tokenizer"), (60_000, "train.npy")])
+@pytest.mark.parametrize("limit, file", [(2_000, "tokenizer"), (60_000, "tokens/text.train.npy")])
 def test_a_full_disk_names_the_path_and_leaves_nothing(tmp_path, limit, file):
     write_documents(tmp_path / "text", num_documents=60, words_per_document=1000)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -148,7 +150,7 @@ def test_a_killed_preparation_leaves_nothing_that_passes_for_whole(tmp_path):
     write_documents(tmp_path / "text", num_documents=100, words_per_document=2000)
     directory, partial = tmp_path / "corpus", tmp_path / "corpus.partial"
     command = [sys.executable, str(SCRIPT), f"--source={tmp_path}/text", "--vocab_size=350", "--heldout_fraction=0.2"]
-    for file in ("tokenizer", "train.npy"):
+    for file in ("tokenizer", "tokens/text.train.npy"):
         process = subprocess.Popen([*command, f"--output={directory}"], start_new_session=True)
         deadline = time.monotonic() + 120
         while not (partial / file).exists():
@@ -162,74 +164,9 @@ def test_a_killed_preparation_leaves_nothing_that_passes_for_whole(tmp_path):
                 open_corpus(path)
     (partial / "leftover.npy").touch()
     finished = subprocess.run([*command, f"--output={directory}"], capture_output=True, text=True, check=True)
-    for account in open_corpus(directory).manifest["splits"].values():
-        assert f"{account['tokens']:,} tokens" in finished.stdout
+    for split in ("train", "heldout"):
+        assert f"{open_corpus(directory).num_tokens(split):,} tokens" in finished.stdout
     assert not partial.exists()
     undisturbed = tmp_path / "undisturbed"
     prepared_in(undisturbed, tmp_path / "text")
     assert contents(directory) == contents(undisturbed)
-
-
-def remove_tokens(directory):
-    (directory / "heldout.npy").unlink()
-
-
-def truncate_tokens(directory):
-    os.truncate(directory / "train.npy", 1000)
-
-
-def foreign_manifest(directory):
-    (directory / "manifest.json").write_text('{"format": "something else"}')
-
-
-def manifest_of_another_version(directory):
-    edit_manifest(directory, version=99)
-
-
-def half_a_manifest(directory):
-    text = (directory / "manifest.json").read_text("utf-8")
-    (directory / "manifest.json").write_text(text[: len(text) // 2], "utf-8")
-
-
-def manifest_without_splits(directory):
-    manifest = json.loads((directory / "manifest.json").read_text("utf-8"))
-    del manifest["splits"]
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-
-
-def other_tokenizer(directory):
-    path = directory / "tokenizer" / "tokenizer.json"
-    path.write_text(path.read_text("utf-8").replace("{1,3}", "{1,2}"), "utf-8")
-
-
-def edit_manifest(directory, **changes):
-    manifest = json.loads((directory / "manifest.json").read_text("utf-8"))
-    (directory / "manifest.json").write_text(json.dumps(manifest | changes))
-
-
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (remove_tokens, r"heldout\.npy'?\)?: is missing"),
-        (truncate_tokens, r"train\.npy'?\)?: has 1000 bytes, the manifest says"),
-        (foreign_manifest, r"manifest\.json format='something else'"),
-        (manifest_of_another_version, r"manifest\.json version=99"),
-        (half_a_manifest, r"manifest\.json: not JSON"),
-        (manifest_without_splits, r"manifest\.json lacks=\['splits'\]"),
-        (other_tokenizer, "is not the tokenizer that made the tokens"),
-        (shutil.rmtree, "is no directory"),
-    ],
-)
-def test_a_damaged_corpus_is_refused_by_name(tmp_path, prepared_directory, damage, message):
-    directory = tmp_path / "corpus"
-    shutil.copytree(prepared_directory, directory)
-    open_corpus(directory)
-    damage(directory)
-    with pytest.raises(ValueError, match=message):
-        open_corpus(directory)
-
-
-def test_a_corpus_fits_models_with_a_row_for_every_token(small_corpus):
-    small_corpus.require_fits(ModelConfig(vocab_size=small_corpus.vocab_size))
-    with pytest.raises(ValueError, match=r"model\.vocab_size"):
-        small_corpus.require_fits(ModelConfig(vocab_size=small_corpus.vocab_size - 1))
