@@ -1,0 +1,154 @@
+"""Quantizers for Hopper GPUs: Pallas Mosaic GPU kernels that read and write everything once.
+
+Layout. Tensors are [R, K] as they lie in memory, R and K multiples of 16 (TMA strides); codes and scales go out in the
+form that the FP8 products read. Where only rows are quantized a thread block takes 64 x 128 values; elsewhere
+128 x 128, whose columns it reads through the transpose of its shared memory.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
+from dsv3_jax.kernels.block_quantize.tiles import CHUNK, Operand, Result, for_each_tile
+
+
+def quantize_rows(x_RK: jax.Array) -> QuantizedArray:
+    """Quantizes [R, K] in 1x128 tiles."""
+    rows, contraction = x_RK.shape
+
+    def chunk_values(chunk, x):
+        yield x.rows(chunk)
+
+    (quantized,) = for_each_tile(
+        chunk_values,
+        [Operand(x_RK)],
+        [Result(0)],
+        output_shapes=[(rows, contraction)],
+        extent=(rows, num_tiles(contraction)),
+        tile_rows=CHUNK,
+        name="quantize_rows",
+    )
+    return quantized
+
+
+def quantize_columns(x_RK: jax.Array) -> QuantizedArray:
+    """Quantizes [R, K] in 128x1 tiles: row-quantized [K, R]."""
+    return _quantize_columns(x_RK, x_RK.shape, "quantize_columns")
+
+
+def rows_to_columns(rows: QuantizedArray) -> QuantizedArray:
+    """Converts row-quantized [R, K] to row-quantized [K, R]."""
+    return _quantize_columns(rows, rows.codes.shape, "rows_to_columns")
+
+
+def quantize_rows_and_columns(x_RK: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
+    """Quantizes [R, K] in 1x128 and in 128x1 tiles."""
+    rows, contraction = x_RK.shape
+
+    def chunk_values(chunk, x):
+        yield x.rows(chunk)
+        yield x.columns(chunk)
+
+    quantized, transposed = for_each_tile(
+        chunk_values,
+        [Operand(x_RK)],
+        [Result(0), Result(1, is_transposed=True)],
+        output_shapes=[(rows, contraction), (contraction, rows)],
+        extent=(rows, num_tiles(contraction)),
+        tile_rows=TILE,
+        name="quantize_rows_and_columns",
+    )
+    return quantized, transposed
+
+
+def swiglu_rows(gate_up_MX: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
+    """Quantizes silu(gate) · up and, for the backward pass, gate and up."""
+    rows, width = gate_up_MX.shape[0], gate_up_MX.shape[1] // 2
+    half = width // TILE
+
+    def chunk_values(chunk, gate, up):
+        gate, up = gate.rows(chunk), up.rows(chunk)
+        yield gate
+        yield up
+        yield gate * _sigmoid(gate) * up
+
+    gate_up, hidden = for_each_tile(
+        chunk_values,
+        [Operand(gate_up_MX), Operand(gate_up_MX, half)],
+        [Result(0), Result(0, half), Result(1)],
+        output_shapes=[(rows, 2 * width), (rows, width)],
+        extent=(rows, half),
+        tile_rows=CHUNK,
+        name="swiglu_rows",
+    )
+    return hidden, gate_up
+
+
+def swiglu_columns(gate_up: QuantizedArray) -> QuantizedArray:
+    """Recomputes silu(gate) · up from its cache: row-quantized [F, M]."""
+    rows, width = gate_up.codes.shape[0], gate_up.codes.shape[1] // 2
+    half = width // TILE
+
+    def chunk_values(chunk, gate, up):
+        gate = gate.columns(chunk)
+        yield gate * _sigmoid(gate) * up.columns(chunk)
+
+    (hidden,) = for_each_tile(
+        chunk_values,
+        [Operand(gate_up), Operand(gate_up, half)],
+        [Result(0, is_transposed=True)],
+        output_shapes=[(width, rows)],
+        extent=(rows, half),
+        tile_rows=TILE,
+        name="swiglu_columns",
+    )
+    return hidden
+
+
+def swiglu_gradient(gate_up: QuantizedArray, dhidden_MF: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
+    """Quantizes rows and columns of the gradients of gate and up."""
+    rows, width = dhidden_MF.shape
+    half = width // TILE
+
+    def gradients(gate, up, dhidden):
+        sigmoid = _sigmoid(gate)
+        yield dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))
+        yield dhidden * gate * sigmoid
+
+    def chunk_values(chunk, *blocks):
+        yield from gradients(*(block.rows(chunk) for block in blocks))
+        yield from gradients(*(block.columns(chunk) for block in blocks))
+
+    by_rows, by_columns = for_each_tile(
+        chunk_values,
+        [Operand(gate_up), Operand(gate_up, half), Operand(dhidden_MF)],
+        [Result(0), Result(0, half), Result(1, is_transposed=True), Result(1, half, is_transposed=True)],
+        output_shapes=[(rows, 2 * width), (2 * width, rows)],
+        extent=(rows, half),
+        tile_rows=TILE,
+        slots=2,
+        name="swiglu_gradient",
+    )
+    return by_rows, by_columns
+
+
+def _quantize_columns(tensor: jax.Array | QuantizedArray, shape: tuple[int, int], name: str) -> QuantizedArray:
+    rows, contraction = shape
+
+    def chunk_values(chunk, block):
+        yield block.columns(chunk)
+
+    (columns,) = for_each_tile(
+        chunk_values,
+        [Operand(tensor)],
+        [Result(0, is_transposed=True)],
+        output_shapes=[(contraction, rows)],
+        extent=(rows, num_tiles(contraction)),
+        tile_rows=TILE,
+        name=name,
+    )
+    return columns
+
+
+def _sigmoid(x: jax.Array) -> jax.Array:
+    return 1.0 / (1.0 + jnp.exp(-x))

@@ -1,0 +1,226 @@
+"""What the Hopper quantizers share: one pass over tensors tile by tile, register layouts, the scale of a row.
+
+A thread block copies one tile of each operand to shared memory, quantizes it in chunks of 64 rows by 128 and copies
+codes and scales out. Several blocks share an SM and hide each other's latency, so a block needs no pipeline of its own.
+TMA reads zeros outside a tensor and does not write there: partial tiles need no masks.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsv3_jax.fp8 import formats
+from dsv3_jax.fp8.formats import E4M3, TILE, QuantizedArray
+
+CHUNK = 64  # rows that a warpgroup quantizes at a time: 64 values per thread
+_LARGEST_INTEGER, _ABOVE_INFINITY = 0x7FFFFFFF, 0x7FFFFF  # bits of float32
+
+# Eight lanes share a row and hold 8 neighbours of each of its halves: 16-byte loads, 3 shuffles for a maximum.
+_ROWS = fragmented_array.TiledLayout(
+    fragmented_array.Tiling(((16, 64), (4, 64), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+ROWS = plgpu.Layout.TILED(_ROWS.tiling, _ROWS.warp_dims, _ROWS.lane_dims, _ROWS.vector_dim)
+COLUMNS = plgpu.Layout.WGMMA  # two shuffles for a maximum; what a transposed load can be turned into
+
+
+class Operand(NamedTuple):
+    """A tensor [R, K] of which a thread block reads a tile."""
+
+    tensor: jax.Array | QuantizedArray
+    first_tile: int = 0  # along K
+
+
+class Result(NamedTuple):
+    """What a thread block writes of a row-quantized tensor: a tile, or the transpose of one."""
+
+    output: int  # which of the output tensors
+    first_tile: int = 0  # along the columns of the operands
+    is_transposed: bool = False
+
+
+class Block(NamedTuple):
+    """The tile of an operand in shared memory."""
+
+    values: Any
+    scales: Any | None  # of codes: one per row
+
+    def rows(self, chunk) -> jax.Array:
+        """Returns 64 rows of the tile, float32 [64, 128]."""
+        own = pl.ds(chunk * CHUNK, CHUNK)
+        values = plgpu.layout_cast(self.values[own], ROWS).astype(jnp.float32)
+        if self.scales is None:
+            return values
+        scales = plgpu.layout_cast(self.scales[own], ROWS.reduce(1))
+        return values * lax.broadcast_in_dim(scales, values.shape, [0])
+
+    def columns(self, chunk) -> jax.Array:
+        """Returns 64 columns of a tile of 128 rows, transposed: float32 [64, 128]."""
+        own = self.values.at[:, pl.ds(chunk * CHUNK, CHUNK)]
+        values = plgpu.layout_cast(own.T[...], plgpu.Layout.WGMMA_TRANSPOSED)
+        if values.dtype == E4M3:
+            values = values.astype(jnp.float16)  # exact, and pairs of 16 bits change lanes in one shuffle
+        values = plgpu.layout_cast(values, COLUMNS).astype(jnp.float32)
+        if self.scales is None:
+            return values
+        scales = plgpu.layout_cast(self.scales[...], COLUMNS.reduce(0))
+        return values * lax.broadcast_in_dim(scales, values.shape, [1])
+
+
+def for_each_tile(
+    chunk_values: Callable[..., Iterator[jax.Array]],
+    operands: list[Operand],
+    results: list[Result],
+    *,
+    output_shapes: list[tuple[int, int]],
+    extent: tuple[int, int],
+    tile_rows: int,
+    name: str,
+    slots: int | None = None,
+    warpgroups: int | None = None,
+) -> list[QuantizedArray]:
+    """Quantizes what is computed of each tile.
+
+    Args:
+      chunk_values: (chunk, *blocks of the operands) -> iterator over the float32 [64, 128] values of each result.
+      operands: what a thread block reads.
+      results: what it writes, in the order of the values.
+      output_shapes: [R, K] of each output tensor.
+      extent: rows, and tiles along columns, of what the grid of thread blocks covers.
+      tile_rows: 64 or 128; 128 where columns are quantized.
+      name: what profiles call the kernel.
+      slots: results that a warpgroup holds in shared memory at a time; None for all.
+      warpgroups: of a thread block; None for one per chunk.
+    """
+    chunks = tile_rows // CHUNK
+    arrays, types, transfers = _in_shared_memory(operands, tile_rows)
+    slots = len(results) if slots is None else slots
+    warpgroups = chunks if warpgroups is None else warpgroups
+
+    def kernel(*refs):
+        inputs, refs = refs[: len(arrays)], refs[len(arrays) :]
+        outputs, refs = refs[: 2 * len(output_shapes)], refs[2 * len(output_shapes) :]
+        copies, (codes_smem, scales_smem, is_full) = refs[: len(arrays)], refs[len(arrays) :]
+        i, j, warpgroup = lax.axis_index("row"), lax.axis_index("column"), lax.axis_index("warpgroup")
+
+        def load():
+            for source, copy, index_of in zip(inputs, copies, transfers):
+                plgpu.copy_gmem_to_smem(source.at[index_of(i, j)], copy, is_full)
+
+        def store(number, chunk, values):
+            slot = number % slots
+            if number >= slots:
+                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+            own_codes, own_scales = codes_smem.at[warpgroup, slot], scales_smem.at[warpgroup, slot]
+            own_codes[...], own_scales[...] = quantize(values)
+            plgpu.commit_smem()
+            output, first_tile, is_transposed = results[number % len(results)]
+            along_rows, along_columns = i, j + first_tile
+            if is_transposed:
+                row, tile = along_columns * TILE + chunk * CHUNK, along_rows
+            else:
+                row, tile = along_rows * tile_rows + chunk * CHUNK, along_columns
+            rows = pl.ds(row, CHUNK)
+
+            def copy_out():
+                codes, scales = outputs[2 * output : 2 * output + 2]
+                plgpu.copy_smem_to_gmem(own_codes, codes.at[rows, pl.ds(tile * TILE, TILE)], commit_group=False)
+                plgpu.copy_smem_to_gmem(own_scales, scales.at[tile, rows], commit_group=False)
+
+            num_rows = output_shapes[output][0]
+            if chunks > 1 and 0 < num_rows % TILE <= CHUNK:
+                pl.when(row < num_rows)(copy_out)
+            else:
+                copy_out()
+            plgpu.commit_smem_to_gmem_group()
+
+        if warpgroups > 1:
+            pl.when(warpgroup == 0)(load)
+        else:
+            load()
+        plgpu.barrier_wait(is_full)
+        number = 0
+        copies = iter(copies)
+        blocks = [
+            Block(next(copies), next(copies) if isinstance(operand.tensor, QuantizedArray) else None)
+            for operand in operands
+        ]
+        for turn in range(chunks // warpgroups):
+            chunk = warpgroup + turn * warpgroups if warpgroups > 1 else turn
+            for values in chunk_values(chunk, *blocks):
+                store(number, chunk, values)
+                number += 1
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    kernel.__name__ = name
+    out_types = []
+    for rows, contraction in output_shapes:
+        out_types.append(jax.ShapeDtypeStruct((rows, contraction), E4M3))
+        out_types.append(jax.ShapeDtypeStruct((formats.num_tiles(contraction), rows), jnp.float32))
+    outputs = plgpu.kernel(
+        kernel,
+        out_type=tuple(out_types),
+        grid=(pl.cdiv(extent[0], tile_rows), extent[1]),
+        grid_names=("row", "column"),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        scratch_types=(
+            *types,
+            _shared((warpgroups, slots, CHUNK, TILE), E4M3),
+            _shared((warpgroups, slots, CHUNK), jnp.float32),
+            plgpu.Barrier(num_arrivals=len(arrays)),
+        ),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0
+        ),
+    )(*arrays)
+    # Without the barrier XLA runs the kernel twice where a loop also stacks its results for the backward pass.
+    outputs = lax.optimization_barrier(outputs)
+    return [QuantizedArray(codes, scales, "row") for codes, scales in zip(outputs[::2], outputs[1::2])]
+
+
+def _in_shared_memory(operands: list[Operand], tile_rows: int) -> tuple[list, list, list]:
+    """Returns the arrays of the operands, the blocks that hold their tiles, and (i, j) -> index of a tile in each."""
+    arrays, types, transfers = [], [], []
+    for tensor, first_tile in operands:
+        is_quantized = isinstance(tensor, QuantizedArray)
+        array = tensor.codes if is_quantized else tensor
+        arrays.append(array)
+        types.append(_shared((tile_rows, TILE), array.dtype))
+        transfers.append(
+            lambda i, j, first=first_tile: (pl.ds(i * tile_rows, tile_rows), pl.ds((j + first) * TILE, TILE))
+        )
+        if is_quantized:
+            arrays.append(tensor.scales)
+            types.append(_shared((tile_rows,), jnp.float32))
+            transfers.append(lambda i, j, first=first_tile: (j + first, pl.ds(i * tile_rows, tile_rows)))
+    return arrays, types, transfers
+
+
+def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Declares blocks of shared memory, codes and values swizzled so that rows and columns meet no bank conflict."""
+    if dtype == jnp.float32:
+        return plgpu.SMEM(shape, dtype)
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(64 * jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def quantize(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the codes of a float32 chunk in registers, and the scale of each of its rows."""
+    scales, inverses = formats.power_of_two_scales(_largest(values))
+    return (values * lax.broadcast_in_dim(inverses, values.shape, [0])).astype(E4M3), scales
+
+
+def _largest(values: jax.Array) -> jax.Array:
+    """Returns the largest magnitude of each row, leaving NaN out.
+
+    Magnitudes order like their bits; adding what the bits of infinity lack to the largest integer makes NaN negative.
+    """
+    magnitudes = lax.bitcast_convert_type(values, jnp.int32) & _LARGEST_INTEGER
+    largest = jnp.maximum((magnitudes + _ABOVE_INFINITY).max(axis=1), _ABOVE_INFINITY) - _ABOVE_INFINITY
+    return lax.bitcast_convert_type(largest, jnp.float32)
