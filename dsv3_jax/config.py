@@ -11,9 +11,12 @@ import types
 import typing
 from typing import Any
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp8")
 REMAT_POLICIES = ("none", "report", "full")
+FP8_INPUT_CACHES = ("e4m3", "bf16")
+FP8_ATTENTION_CACHES = ("e5m6", "e4m3", "bf16")
 MOMENTS = ("bf16", "fp32")
+FP8_MULTIPLE = 16  # what the kernels ask of every dimension that a product contracts
 
 
 def setting(default: Any, help: str) -> Any:
@@ -109,6 +112,15 @@ class ModelConfig:
     bos_token_id: int = setting(0, "id that opens a document")
     eos_token_id: int = setting(1, "id that closes a document")
     precision: str = setting("bf16", f"compute precision of the linears: {' | '.join(PRECISIONS)}")
+    fp8_input_cache: str = setting(
+        "e4m3", f"what an FP8 linear keeps of its input for the backward pass: {' | '.join(FP8_INPUT_CACHES)}"
+    )
+    fp8_attention_cache: str = setting(
+        "e5m6", f"what is kept of the attention output with FP8 linears: {' | '.join(FP8_ATTENTION_CACHES)}"
+    )
+    fp8_swiglu_cache: str = setting(
+        "e4m3", f"what is kept of SwiGLU inputs between FP8 linears: {' | '.join(FP8_INPUT_CACHES)}"
+    )
     remat_policy: str = setting("none", f"what the backward pass recomputes: {' | '.join(REMAT_POLICIES)}")
 
     def __post_init__(self):
@@ -143,8 +155,20 @@ class ModelConfig:
             require(0 <= getattr(self, name) < self.vocab_size, f"model.{name}", getattr(self, name),
                     f"must lie in [0, vocab_size={self.vocab_size})")  # fmt: skip
         require(self.precision in PRECISIONS, "model.precision", self.precision, f"choose one of {PRECISIONS}")
+        for name, choices in {"fp8_input_cache": FP8_INPUT_CACHES, "fp8_attention_cache": FP8_ATTENTION_CACHES,
+                              "fp8_swiglu_cache": FP8_INPUT_CACHES}.items():  # fmt: skip
+            require(getattr(self, name) in choices, f"model.{name}", getattr(self, name), f"choose one of {choices}")
+        if self.precision == "fp8":
+            self._require_fp8_dimensions()
         require(self.remat_policy in REMAT_POLICIES, "model.remat_policy", self.remat_policy,
                 f"choose one of {REMAT_POLICIES}")  # fmt: skip
+
+    def _require_fp8_dimensions(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank",
+                     "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):  # fmt: skip
+            value = getattr(self, name)
+            require(value is None or value % FP8_MULTIPLE == 0, f"model.{name}", value,
+                    f"must be a multiple of {FP8_MULTIPLE} with precision=fp8; change it or use precision=bf16")  # fmt: skip
 
     @property
     def qk_head_dim(self) -> int:

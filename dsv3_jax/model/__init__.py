@@ -9,6 +9,7 @@ M rows after dispatch. A capital is a logical dimension; lower case is the local
 from dsv3_jax.model.cache import Cache, init_cache
 from dsv3_jax.model.deepseek_v3 import (
     Forward,
+    cast_params,
     count_params,
     decode_step,
     forward,
@@ -16,11 +17,12 @@ from dsv3_jax.model.deepseek_v3 import (
     logits,
     param_specs,
     prefill,
+    quantize_params,
     split_layers,
 )
-from dsv3_jax.model.params import ParamSpec, cast_params, compute_dtype
+from dsv3_jax.model.params import ParamSpec, compute_dtype, with_masters
 
 __all__ = [
     "Cache", "Forward", "ParamSpec", "cast_params", "compute_dtype", "count_params", "decode_step", "forward",
-    "init_cache", "init_params", "logits", "param_specs", "prefill", "split_layers",
+    "init_cache", "init_params", "logits", "param_specs", "prefill", "quantize_params", "split_layers", "with_masters",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from flax import nnx
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import Attention
-from dsv3_jax.model.layers import FeedForward, rms_norm
+from dsv3_jax.model.layers import FeedForward, Normed
 from dsv3_jax.model.moe import MoE, MoEStatistics
 from dsv3_jax.model.params import declare
 from dsv3_jax.sharding.rules import constrain
@@ -53,8 +53,8 @@ class Block(nnx.Module):
         y_BTD, statistics = self.mlp(normed)
         return x_BTD + y_BTD, statistics
 
-    def _norm(self, x_BTD, weight) -> jax.Array:
-        return rms_norm(x_BTD, weight[...], self.config.rms_norm_eps)
+    def _norm(self, x_BTD, weight) -> Normed:
+        return Normed(x_BTD, weight[...], self.config.rms_norm_eps)
 
 
 def scan_blocks(blocks: Block, x_BTD, cosines, sines) -> tuple[jax.Array, MoEStatistics | None]:

@@ -11,9 +11,19 @@ from dsv3_jax.config import ModelConfig, require
 from dsv3_jax.model import rope
 from dsv3_jax.model.block import Block, scan_blocks, scan_blocks_with_cache
 from dsv3_jax.model.cache import Cache
-from dsv3_jax.model.layers import exact_if_float32, rms_norm
+from dsv3_jax.model.layers import as_array, exact_if_float32, rms_norm
 from dsv3_jax.model.mtp import MTPModule, scan_modules
-from dsv3_jax.model.params import compute_dtype, declare, init_from_specs, num_elements, stacked
+from dsv3_jax.model.params import (
+    cast_from_specs,
+    compute_dtype,
+    declare,
+    init_from_specs,
+    is_fp8,
+    is_quantized,
+    num_elements,
+    quantize_from_specs,
+    stacked,
+)
 from dsv3_jax.sharding.rules import constrain
 
 
@@ -89,6 +99,25 @@ def init_params(config: ModelConfig, key: jax.Array, *, init_std: float) -> dict
     return init_from_specs(param_specs(config), key, init_std=init_std)
 
 
+def cast_params(config: ModelConfig, params: dict) -> dict:
+    """Casts to the precision each parameter is computed in, for use without gradients.
+
+    Norms, router and biases stay float32; with precision=fp8 the weights of linears become codes.
+    """
+    return cast_from_specs(config, param_specs(config), params)
+
+
+def quantize_params(config: ModelConfig, params: dict) -> dict:
+    """Quantizes what precision=fp8 quantizes, masters beside the codes; otherwise returns the parameters unchanged.
+
+    The functions of this module do the same inside. A caller that runs several of them between two changes of the
+    parameters does it once, before.
+    """
+    if config.precision != "fp8" or is_quantized(params):
+        return params
+    return quantize_from_specs(config, param_specs(config), params, with_gradient=True)
+
+
 def count_params(config: ModelConfig, *, with_mtp: bool) -> int:
     """Counts the parameters, router biases included; MTP modules share embedding and head."""
     specs = param_specs(config)
@@ -152,10 +181,11 @@ def split_layers(params: dict) -> dict:
     """Returns the parameters with every stack of blocks as a tuple of layers, which `decode_step` takes as well.
 
     A decoded token reads every weight once. Out of a stack each layer would be copied first (measured on 2 CPU cores:
-    3.5 times the work), so a decoding loop splits the stacks once, outside, and runs layer after layer.
+    3.5 times the work), so a decoding loop splits the stacks once, outside, and runs layer after layer. Quantized
+    weights that decoding absorbs are dequantized here.
     """
     names = [name for name in ("dense_layers", "moe_layers") if name in params]
-    return params | {name: _layers(params[name]) for name in names}
+    return params | {name: tuple(map(_absorbable, _layers(params[name]))) for name in names}
 
 
 def decode_step(config: ModelConfig, params: dict, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -166,6 +196,7 @@ def decode_step(config: ModelConfig, params: dict, tokens_B: jax.Array, cache: C
       tokens_B: int32.
       cache: with room for one more token.
     """
+    params = quantize_params(config, params)
     cosines, sines = rope.rotation(config, cache.lengths_B[:, None])
     layers = [(name, layer) for name in ("dense_layers", "moe_layers") for layer in _layers(params.get(name, ()))]
     ends = {name: value for name, value in params.items() if not name.endswith("_layers")}
@@ -186,6 +217,16 @@ def _layers(stack: dict | tuple) -> tuple:
     return tuple(jax.tree.map(lambda leaf, index=index: leaf[index], stack) for index in range(num_layers))
 
 
+def _absorbable(layer: dict) -> dict:
+    """Returns a layer whose key-value up-projection, which decoding absorbs into its neighbours, is an array."""
+    weight = layer["self_attn"]["kv_b_proj"]
+    if not is_fp8(weight):
+        return layer
+    contraction = weight.forward.codes.shape[-1]
+    attention = layer["self_attn"] | {"kv_b_proj": as_array(weight, (contraction,), jnp.bfloat16)}
+    return layer | {"self_attn": attention}
+
+
 @functools.lru_cache
 def _graphdef(config: ModelConfig, *, with_layers: bool = True) -> nnx.GraphDef:
     return nnx.split(DeepseekV3(config, with_layers=with_layers))[0]
@@ -197,7 +238,7 @@ def _block_graphdef(config: ModelConfig, *, is_moe: bool) -> nnx.GraphDef:
 
 
 def _bind(config: ModelConfig, params: dict) -> DeepseekV3:
-    return nnx.merge(_graphdef(config), nnx.State(params))
+    return nnx.merge(_graphdef(config), nnx.State(quantize_params(config, params)))
 
 
 def _require_fits(config: ModelConfig, length: int) -> None:

@@ -1,17 +1,64 @@
 """The pieces every block is made of: linear, RMSNorm, SwiGLU feed-forward."""
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.model.params import declare
+from dsv3_jax.fp8 import feed_forward as fp8_feed_forward
+from dsv3_jax.fp8 import linear as fp8_linear
+from dsv3_jax.fp8.weight import Fp8Weight
+from dsv3_jax.model.params import Linear, declare
+from dsv3_jax.sharding.rules import map_sequences
+
+
+class Normed(NamedTuple):
+    """An input that is still to be normalised: what reads it decides in which precision that is written."""
+
+    x: jax.Array
+    weight: jax.Array
+    eps: float
+
+    def value(self) -> jax.Array:
+        """Returns the normalised input in x's dtype."""
+        return rms_norm(self.x, self.weight, self.eps)
+
+
+def linear(x: jax.Array | Normed, weight: jax.Array | Fp8Weight, contracted_dims: int = 1) -> jax.Array:
+    """Contracts the last dimensions of x with the first of the weight; see `linears`."""
+    return linears(x, (weight,), contracted_dims)[0]
+
+
+def linears(
+    x: jax.Array | Normed, weights: Sequence[jax.Array] | Sequence[Fp8Weight], contracted_dims: int = 1
+) -> tuple[jax.Array, ...]:
+    """Multiplies one input with several weights, in FP8 where they are quantized.
+
+    Args:
+      x: [..., *K], the batch first.
+      weights: [*K, *N] each.
+      contracted_dims: how many dimensions K stands for.
+
+    Returns:
+      [..., *N] for every weight, in x's dtype.
+    """
+    if isinstance(weights[0], Fp8Weight):
+        x, norm_weight, eps = x if isinstance(x, Normed) else (x, None, 0.0)
+
+        def multiply(x, norm_weight, weights):
+            return fp8_linear.linears(x, weights, norm_weight=norm_weight, eps=eps)
+
+        return map_sequences(multiply, (x,), (norm_weight, tuple(weights)))
+    x = x.value() if isinstance(x, Normed) else x
+    return tuple(_linear(x, weight, contracted_dims) for weight in weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear(x: jax.Array, weight: jax.Array, contracted_dims: int = 1) -> jax.Array:
+def _linear(x: jax.Array, weight: jax.Array, contracted_dims: int) -> jax.Array:
     """Contracts the last dimensions of x with the first of the weight.
 
     The weight is rounded to x's dtype; products accumulate in float32, and float32 operands are multiplied in float32
@@ -31,7 +78,7 @@ def linear(x: jax.Array, weight: jax.Array, contracted_dims: int = 1) -> jax.Arr
 
 
 def _linear_forward(x, weight, contracted_dims):
-    return linear(x, weight, contracted_dims), (x, weight)
+    return _linear(x, weight, contracted_dims), (x, weight)
 
 
 def _linear_backward(contracted_dims, residuals, dy):
@@ -44,7 +91,12 @@ def _linear_backward(contracted_dims, residuals, dy):
     return dx, dweight
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def as_array(weight: jax.Array | Fp8Weight, contracted: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Returns a weight [*contracted, *N] as numbers, those of its codes where it is quantized."""
+    return weight.dequantize(contracted, dtype) if isinstance(weight, Fp8Weight) else weight.astype(dtype)
 
 
 def _contract(a, b, a_dims, b_dims, dtype) -> jax.Array:
@@ -99,11 +151,22 @@ class FeedForward(nnx.Module):
     """A SwiGLU feed-forward: the dense layers' and the shared experts'."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
-        self.gate_up_proj = declare(("embed", hidden_size), (None, 2), ("ffn", intermediate_size))
-        self.down_proj = declare(("ffn", intermediate_size), ("embed", hidden_size))
+        self.gate_up_proj = declare(("embed", hidden_size), (None, 2), ("ffn", intermediate_size), linear=Linear())
+        self.down_proj = declare(("ffn", intermediate_size), ("embed", hidden_size), linear=Linear(
+            cache_setting="fp8_swiglu_cache"))  # fmt: skip
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def weights(self) -> fp8_feed_forward.FeedForwardWeights:
+        """Returns both weights, as FP8 feed-forwards take them."""
+        return fp8_feed_forward.FeedForwardWeights(self.gate_up_proj[...], self.down_proj[...])
+
+    def __call__(self, x: jax.Array | Normed) -> jax.Array:
         """Maps [..., D] to [..., D]."""
+        if isinstance(self.gate_up_proj[...], Fp8Weight):
+            x, norm_weight, eps = x if isinstance(x, Normed) else (x, None, 0.0)
+
+            def run(x, norm_weight, weights):
+                return fp8_feed_forward.feed_forward(x, weights, norm_weight=norm_weight, eps=eps)
+
+            return map_sequences(run, (x,), (norm_weight, self.weights()))
         gate_up = checkpoint_name(linear(x, self.gate_up_proj[...]), "gate_up")
         return linear(swiglu(gate_up), self.down_proj[...])
-

@@ -8,7 +8,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block, remat
 from dsv3_jax.model.layers import linear, rms_norm
 from dsv3_jax.model.moe import MoEStatistics
-from dsv3_jax.model.params import declare
+from dsv3_jax.model.params import Linear, declare
 
 
 class MTPModule(nnx.Module):
@@ -19,7 +19,7 @@ class MTPModule(nnx.Module):
         embed = ("embed", config.hidden_size)
         self.enorm = declare(embed, init="ones")
         self.hnorm = declare(embed, init="ones")
-        self.eh_proj = declare((None, 2 * config.hidden_size), embed)
+        self.eh_proj = declare((None, 2 * config.hidden_size), embed, linear=Linear())
         self.block = Block(config, is_moe=True)
         self.norm = declare(embed, init="ones")
 

@@ -7,15 +7,26 @@ plain nested dict, the module tree's attribute names as keys.
 import dataclasses
 import math
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.fp8.weight import Fp8Weight, quantize_weight
 
 FLOAT32_PARAMS = ("input_layernorm", "post_attention_layernorm", "q_a_layernorm", "kv_a_layernorm", "norm", "enorm",
                   "hnorm", "gate", "e_score_correction_bias")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """How a weight [*batch, *K, *N] multiplies: matrix by matrix of its batch it contracts K."""
+
+    contracted_dims: int = 1
+    batch_dims: int = 0
+    cache_setting: str = "fp8_input_cache"  # the setting that says what is kept of its input for the backward pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +36,16 @@ class ParamSpec:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]  # logical name of every dimension
     init: str = "normal"  # normal | ones | zeros
+    linear: Linear | None = None  # None: no weight of a linear
 
     def __post_init__(self):
         assert len(self.shape) == len(self.axes), (self.shape, self.axes)
 
 
-def declare(*dims: tuple[str | None, int], init: str = "normal") -> nnx.Param:
+def declare(*dims: tuple[str | None, int], init: str = "normal", linear: Linear | None = None) -> nnx.Param:
     """Declares a parameter by its (logical axis, size) pairs."""
     axes, shape = zip(*dims)
-    return nnx.Param(ParamSpec(shape, axes, init))
+    return nnx.Param(ParamSpec(shape, axes, init, linear))
 
 
 def stacked(module: nnx.Module, num_layers: int) -> nnx.Module:
@@ -41,7 +53,8 @@ def stacked(module: nnx.Module, num_layers: int) -> nnx.Module:
     graphdef, specs = nnx.split(module)
 
     def stack(spec: ParamSpec) -> ParamSpec:
-        return ParamSpec((num_layers, *spec.shape), ("layers", *spec.axes), spec.init)
+        linear = spec.linear and dataclasses.replace(spec.linear, batch_dims=spec.linear.batch_dims + 1)
+        return ParamSpec((num_layers, *spec.shape), ("layers", *spec.axes), spec.init, linear)
 
     return nnx.merge(graphdef, jax.tree.map(stack, specs))
 
@@ -61,20 +74,73 @@ def init_from_specs(specs: dict, key: jax.Array, *, init_std: float) -> dict:
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """Returns the dtype of activations and of the weights of linears."""
-    return jnp.dtype({"fp32": jnp.float32, "bf16": jnp.bfloat16}[config.precision])
+    """Returns the dtype of activations, and of the weights that are not in FP8."""
+    return jnp.dtype(jnp.float32 if config.precision == "fp32" else jnp.bfloat16)
 
 
-def cast_params(config: ModelConfig, params: dict) -> dict:
+def cast_from_specs(config: ModelConfig, specs: dict, params: dict) -> dict:
     """Casts to the precision each parameter is computed in: norms, router and biases stay float32."""
 
     def cast(path, value):
+        if isinstance(value, Fp8Weight):
+            return value
         return value.astype(jnp.float32 if path[-1].key in FLOAT32_PARAMS else compute_dtype(config))
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    if config.precision == "fp8" and not is_quantized(params):
+        params = quantize_from_specs(config, specs, params, with_gradient=False)
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_fp8)
+
+
+def quantize_from_specs(config: ModelConfig, specs: dict, params: dict | tuple, *, with_gradient: bool) -> dict | tuple:
+    """Puts `Fp8Weight`s in the place of the linears' weights.
+
+    Args:
+      params: tree of the specs; a stack of layers may be a tuple of layers.
+      with_gradient: see `fp8.weight.quantize_weight`.
+    """
+    if isinstance(params, tuple):
+        specs = jax.tree.map(_unstacked, specs)
+        return tuple(quantize_from_specs(config, specs, layer, with_gradient=with_gradient) for layer in params)
+    if isinstance(params, dict):
+        return {
+            name: quantize_from_specs(config, specs[name], value, with_gradient=with_gradient)
+            for name, value in params.items()
+        }
+    if specs.linear is None:
+        return params
+    return quantize_weight(
+        params, contracted_dims=specs.linear.contracted_dims, batch_dims=specs.linear.batch_dims,
+        input_cache=getattr(config, specs.linear.cache_setting), with_gradient=with_gradient,
+    )  # fmt: skip
+
+
+def is_fp8(value: Any) -> bool:
+    """Tells whether a leaf of a parameter tree is the weight of an FP8 linear."""
+    return isinstance(value, Fp8Weight)
+
+
+def is_quantized(params: dict) -> bool:
+    """Tells whether a parameter tree holds weights of FP8 linears."""
+    return any(map(is_fp8, jax.tree.leaves(params, is_leaf=is_fp8)))
+
+
+def with_masters(params: dict, masters: dict) -> dict:
+    """Returns the parameters with every float array from the tree of masters, codes as they are.
+
+    What is differentiated by the masters then has no gradient for codes, not even zeros.
+    """
+
+    def attach(value, master):
+        return dataclasses.replace(value, master=master) if is_fp8(value) else master
+
+    return jax.tree.map(attach, params, masters, is_leaf=is_fp8)
+
+
+def _unstacked(spec: ParamSpec) -> ParamSpec:
+    linear = spec.linear and dataclasses.replace(spec.linear, batch_dims=spec.linear.batch_dims - 1)
+    return ParamSpec(spec.shape[1:], spec.axes[1:], spec.init, linear)
 
 
 def num_elements(specs: dict) -> int:
     """Counts the numbers that the parameters hold."""
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs))
-

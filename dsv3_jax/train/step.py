@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from dsv3_jax.config import RunConfig, require
-from dsv3_jax.model import param_specs
+from dsv3_jax.model import param_specs, quantize_params, with_masters
 from dsv3_jax.sharding.mesh import num_batch_shards
 from dsv3_jax.sharding.rules import batch_sharding, param_sharding, replicated
 from dsv3_jax.train.loss import Losses, training_loss
@@ -48,7 +48,12 @@ def make_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainStep:
 
     def step(state: TrainState, tokens_ABT: jax.Array, scalars: dict) -> tuple[TrainState, dict]:
         params = jax.lax.with_sharding_constraint(state.params, compute_shardings)
-        gradient = jax.grad(functools.partial(loss, mtp_loss_weight=scalars["mtp_loss_weight"]), has_aux=True)
+        quantized = quantize_params(config.model, params)  # once, for all passes
+
+        def loss_of_masters(masters, tokens_BT1):
+            return loss(with_masters(quantized, masters), tokens_BT1, mtp_loss_weight=scalars["mtp_loss_weight"])
+
+        gradient = jax.grad(loss_of_masters, has_aux=True)
         grads, losses, tokens_per_expert = _sum_over_passes(gradient, params, tokens_ABT, scalars["num_passes"])
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         losses = jax.tree.map(lambda value: value / scalars["num_passes"], losses)

@@ -1,5 +1,7 @@
 """Causal softmax attention with key and value heads of different width: the core of expanded MLA."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -11,17 +13,20 @@ LENGTH_MULTIPLE, WIDTH_MULTIPLE = 128, 64  # tiles of the Hopper kernel
 
 
 def causal_attention(
-    q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, *, scale: float, implementation: str | None = None
-) -> jax.Array:
-    """Computes softmax(scale · q kᵀ + causal mask) v per head.
+    q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, first_key_BT: jax.Array | None = None, *, scale: float,
+    implementation: str | None = None,
+) -> jax.Array:  # fmt: skip
+    """Computes softmax(scale · q kᵀ + mask) v per head; a query sees no later key, and none before its first key.
 
     Args:
       q_BTNX, k_BTNX: queries and keys, any float dtype.
       v_BTNU: values, same dtype; U may differ from X.
+      first_key_BT: int32 index of the first key that each query sees, where its document begins: at most the query's
+        own index, and never falling along T. None: all queries see all earlier keys.
       scale: factor on the scores.
       implementation: "pallas_gpu" (Hopper; 16-bit floats, T a multiple of 128, X and U multiples of 64, U <= X <= 192,
-        U <= 128), "cudnn" (any NVIDIA GPU; 16-bit floats) or "reference". None picks pallas_gpu on a Hopper GPU for
-        operands it supports, else the reference; a named one runs or raises.
+        U <= 128), "cudnn" (any NVIDIA GPU; 16-bit floats, no first keys) or "reference". None picks pallas_gpu on a Hopper
+        GPU for operands it supports, else the reference; a named one runs or raises.
 
     Returns:
       [B, T, N, U] in the dtype of q; scores and softmax are float32.
@@ -29,20 +34,64 @@ def causal_attention(
     Raises:
       ValueError: an unknown implementation, or operands that the named one does not support.
     """
+    implementation = _choose(q_BTNX, v_BTNU, implementation)
+    if implementation == "reference":
+        return reference.causal_attention(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale=scale)
+    if implementation == "cudnn":
+        if first_key_BT is not None:
+            raise ValueError("implementation='cudnn' cannot run first_key_BT; use 'pallas_gpu' or 'reference'")
+        return cudnn.causal_attention(q_BTNX, k_BTNX, v_BTNU, scale=scale)
+    from dsv3_jax.kernels.attention import pallas_gpu  # loads Mosaic: seconds that a CPU process can save
+
+    return pallas_gpu.causal_attention(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale)
+
+
+def attend(
+    q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, first_key_BT: jax.Array | None = None, *, scale: float
+) -> tuple[jax.Array, jax.Array | None]:
+    """Computes what `causal_attention` does, for a caller that differentiates by `attention_gradients`.
+
+    Returns:
+      The output, and what the gradients need besides: the base-2 log-sum-exp of the scaled scores, float32 [B, N, T].
+      None from the reference, whose gradients compute the scores from the beginning.
+    """
+    if _choose(q_BTNX, v_BTNU, None) == "reference":
+        return reference.causal_attention(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale=scale), None
+    from dsv3_jax.kernels.attention import pallas_gpu
+
+    return pallas_gpu.attend(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale)
+
+
+def attention_gradients(
+    q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, out_BTNU: jax.Array, lse_BNT: jax.Array | None,
+    dout_BTNU: jax.Array, first_key_BT: jax.Array | None = None, *, scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Returns the gradients of queries, keys and values, given what `attend` returned and the output's gradient.
+
+    The output enters through its products with dout alone, so one that was kept in few bits will do.
+    """
+    if lse_BNT is None:
+        attend_again = functools.partial(reference.causal_attention, first_key_BT=first_key_BT, scale=scale)
+        return jax.vjp(attend_again, q_BTNX, k_BTNX, v_BTNU)[1](dout_BTNU)
+    from dsv3_jax.kernels.attention import pallas_gpu
+
+    return pallas_gpu.gradients(q_BTNX, k_BTNX, v_BTNU, first_key_BT, out_BTNU, lse_BNT, dout_BTNU, scale)
+
+
+def _choose(q_BTNX: jax.Array, v_BTNU: jax.Array, implementation: str | None) -> str:
+    """Returns the implementation that runs.
+
+    Raises:
+      ValueError: it is unknown, or does not support the operands.
+    """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation={implementation!r}: choose one of {IMPLEMENTATIONS} or None")
     problem = _unsupported(q_BTNX, v_BTNU)
     if implementation is None:
-        implementation = "pallas_gpu" if device.is_hopper() and problem is None else "reference"
-    if implementation == "reference":
-        return reference.causal_attention(q_BTNX, k_BTNX, v_BTNU, scale=scale)
-    if implementation == "cudnn":
-        return cudnn.causal_attention(q_BTNX, k_BTNX, v_BTNU, scale=scale)
-    if problem is not None:
+        return "pallas_gpu" if device.is_hopper() and problem is None else "reference"
+    if implementation == "pallas_gpu" and problem is not None:
         raise ValueError(f"implementation='pallas_gpu' cannot run {problem}; use implementation='reference'")
-    from dsv3_jax.kernels.attention import pallas_gpu  # loads Mosaic: seconds that a CPU process can save
-
-    return pallas_gpu.causal_attention(q_BTNX, k_BTNX, v_BTNU, scale)
+    return implementation
 
 
 def _unsupported(q_BTNX: jax.Array, v_BTNU: jax.Array) -> str | None:

@@ -22,12 +22,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax.kernels.attention import blocks
+from dsv3_jax.kernels.attention import blocks, segments
 from dsv3_jax.kernels.attention.blocks import (
     CONSUMER_REGISTERS,
+    HIDDEN,
     KEY_BLOCK,
     LOG2_E,
     PRODUCER_REGISTERS,
+    ROW_VECTOR,
     ROWS,
     STAGES,
     TILE,
@@ -36,40 +38,56 @@ from dsv3_jax.kernels.attention.blocks import (
 from dsv3_jax.kernels.attention.pallas_gpu_gradients import key_value_gradients, query_gradient
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def causal_attention(q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, scale: float) -> jax.Array:
-    """Computes softmax(scale · q kᵀ + causal mask) v per head; [B, T, N, U] in q's dtype."""
-    return attend(q_BTNX, k_BTNX, v_BTNU, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def causal_attention(
+    q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, first_key_BT: jax.Array | None, scale: float
+) -> jax.Array:
+    """Computes softmax(scale · q kᵀ + mask) v per head; [B, T, N, U] in q's dtype."""
+    return attend(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale)[0]
 
 
-def _forward(q_BTNX, k_BTNX, v_BTNU, scale):
-    out_BTNU, lse_BNT = attend(q_BTNX, k_BTNX, v_BTNU, scale)
+def _forward(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale):
+    out_BTNU, lse_BNT = attend(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale)
     out_BTNU = checkpoint_name(out_BTNU, "attention_out")
     lse_BNT = checkpoint_name(lse_BNT, "attention_lse")
-    return out_BTNU, (q_BTNX, k_BTNX, v_BTNU, out_BTNU, lse_BNT)
+    return out_BTNU, (q_BTNX, k_BTNX, v_BTNU, first_key_BT, out_BTNU, lse_BNT)
 
 
 def _backward(scale, residuals, dout_BTNU):
-    q_BTNX, k_BTNX, v_BTNU, out_BTNU, lse_BNT = residuals
-    delta_BNT = jnp.einsum("BTNU,BTNU->BNT", out_BTNU, dout_BTNU, preferred_element_type=jnp.float32)
-    operands = (q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT)
-    dk_BTNX, dv_BTNU = key_value_gradients(*operands, scale)
-    return query_gradient(*operands, scale), dk_BTNX, dv_BTNU
+    return *gradients(*residuals, dout_BTNU, scale), None
 
 
 causal_attention.defvjp(_forward, _backward)
 
 
-def attend(q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+def gradients(
+    q_BTNX, k_BTNX, v_BTNU, first_key_BT, out_BTNU, lse_BNT, dout_BTNU, scale: float
+) -> tuple[jax.Array, ...]:
+    """Returns the gradients of queries, keys and values, given what `attend` returned and the output's gradient."""
+    delta_BNT = jnp.einsum("BTNU,BTNU->BNT", out_BTNU, dout_BTNU, preferred_element_type=jnp.float32)
+    operands = (q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, delta_BNT)
+    dk_BTNX, dv_BTNU = key_value_gradients(*operands, scale)
+    return query_gradient(*operands, scale), dk_BTNX, dv_BTNU
+
+
+def attend(
+    q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, first_key_BT: jax.Array | None, scale: float
+) -> tuple[jax.Array, jax.Array]:
     """Returns the output [B, T, N, U] and the base-2 log-sum-exp of the scaled scores, float32 [B, N, T]."""
     batch, length, num_heads, width = q_BTNX.shape
     value_width, dtype = v_BTNU.shape[-1], q_BTNX.dtype
     tiles = blocks.Tiles(batch, num_heads, length // TILE, longest_is_last=True)
+    has_segments = first_key_BT is not None
+    ranges = segments.key_blocks(first_key_BT, tile=TILE, block=KEY_BLOCK) if has_segments else ()
+    segment_operands = (first_key_BT, *ranges) if has_segments else ()
 
-    def attention_forward(
-        q, k, v, out, lse,
-        q_or_out_smem, k_smem, v_smem, lse_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn,
-    ):  # fmt: skip
+    def attention_forward(q, k, v, *refs):
+        if has_segments:
+            first_key, whole_block, edge_block, *refs, first_key_smem = refs
+        (
+            out, lse,
+            q_or_out_smem, k_smem, v_smem, lse_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn,
+        ) = refs  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
         q_smem, out_smem = q_or_out_smem
 
@@ -92,12 +110,15 @@ def attend(q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, scale: float
                     plgpu.copy_gmem_to_smem(v.at[b, keys, h], v_smem.at[slot], v_full.at[slot])
                     return blocks.next_slot(slot)
 
-                slot = load_step(0, slot)  # before the queries, whose buffer the last tile's output still leaves
+                first_block = edge_block[b, block] if has_segments else 0
+                slot = load_step(first_block, slot)  # before the queries, whose buffer the last output still leaves
                 for i in range(WARPGROUPS):
                     rows = pl.ds(block * TILE + i * ROWS, ROWS)
                     plgpu.barrier_wait(q_free.at[i])
                     plgpu.copy_gmem_to_smem(q.at[b, rows, h], q_smem.at[i], q_full.at[i])
-                return lax.fori_loop(1, block + 1, load_step, slot)
+                    if has_segments:
+                        plgpu.copy_gmem_to_smem(first_key.at[b, rows], first_key_smem.at[i], q_full.at[i])
+                return lax.fori_loop(first_block + 1, block + 1, load_step, slot)
 
             slot = tiles.for_each(load_tile, jnp.int32(0))
             blocks.drain(slot, k_free, v_free)
@@ -116,7 +137,16 @@ def attend(q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, scale: float
                 first_row = block * TILE + warpgroup * ROWS
                 plgpu.barrier_wait(q_full.at[warpgroup])
 
-                def attend_block(step, carry, *, is_masked):
+                def is_visible(shape, step, *, is_causal, is_cut):
+                    keys = blocks.column_ids(shape, step * KEY_BLOCK)
+                    visible = blocks.row_ids(shape, first_row) >= keys if is_causal else None
+                    if is_cut:
+                        first_key = plgpu.layout_cast(first_key_smem[warpgroup], ROW_VECTOR)
+                        is_own = keys >= lax.broadcast_in_dim(first_key, shape, [0])
+                        visible = is_own if visible is None else visible & is_own
+                    return visible
+
+                def attend_block(step, carry, *, is_causal, is_cut):
                     slot, acc, maximum, total = carry
                     plgpu.barrier_wait(k_full.at[slot])
 
@@ -127,11 +157,9 @@ def attend(q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, scale: float
 
                     scores = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, KEY_BLOCK), jnp.float32))
                     plgpu.barrier_arrive(k_free.at[slot])
-                    if is_masked:
-                        is_visible = blocks.row_ids(scores.shape, first_row) >= blocks.column_ids(
-                            scores.shape, step * KEY_BLOCK
-                        )
-                        scores = jnp.where(is_visible, scores, -jnp.inf)
+                    if is_causal or is_cut:
+                        visible = is_visible(scores.shape, step, is_causal=is_causal, is_cut=is_cut)
+                        scores = jnp.where(visible, scores, HIDDEN)
                     new_maximum = jnp.maximum(maximum, scores.max(axis=1) * (scale * LOG2_E))
                     correction = jnp.exp2(maximum - new_maximum)
                     weights = jnp.exp2(scores * (scale * LOG2_E) - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
@@ -148,8 +176,14 @@ def attend(q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, scale: float
 
                 pl.when(warpgroup == 1)(take_turns)
                 carry = (slot, blocks.zeros((ROWS, value_width)), blocks.filled(-jnp.inf), blocks.filled(0.0))
-                carry = lax.fori_loop(0, block, functools.partial(attend_block, is_masked=False), carry)
-                slot, acc, maximum, total = attend_block(block, carry, is_masked=True)
+                first_whole = 0
+                if has_segments:
+                    first_whole = whole_block[b, block]
+                    attend_cut_block = functools.partial(attend_block, is_causal=False, is_cut=True)
+                    carry = lax.fori_loop(edge_block[b, block], first_whole, attend_cut_block, carry)
+                attend_whole_block = functools.partial(attend_block, is_causal=False, is_cut=False)
+                carry = lax.fori_loop(first_whole, block, attend_whole_block, carry)
+                slot, acc, maximum, total = attend_block(block, carry, is_causal=True, is_cut=has_segments)
                 pl.when(warpgroup == 0)(take_turns)
 
                 own_out = out_smem.at[warpgroup]
@@ -180,12 +214,13 @@ def attend(q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, scale: float
             blocks.swizzled(STAGES, KEY_BLOCK, width, dtype),
             blocks.swizzled(STAGES, KEY_BLOCK, value_width, dtype),
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=WARPGROUPS),
+            plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=2 if has_segments else 1),
             plgpu.Barrier(num_barriers=WARPGROUPS),
             *blocks.ring(STAGES),
             *blocks.ring(STAGES),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
+            *((plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),) if has_segments else ()),
         ),
-    )(q_BTNX, k_BTNX, v_BTNU)
+    )(q_BTNX, k_BTNX, v_BTNU, *segment_operands)
     # Without the barrier XLA runs the kernel twice where a loop also stacks its results for the backward pass.
     return lax.optimization_barrier(results)

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax.kernels.attention import blocks
+from dsv3_jax.kernels.attention import blocks, segments
 from dsv3_jax.kernels.attention.blocks import (
     COLUMN_VECTOR,
     CONSUMER_REGISTERS,
@@ -22,17 +22,24 @@ from dsv3_jax.kernels.attention.blocks import (
 )
 
 
-def query_gradient(q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT, scale: float) -> jax.Array:
+def query_gradient(q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, delta_BNT, scale: float) -> jax.Array:
     """Returns the gradient of the queries, [B, T, N, X] in q's dtype."""
     batch, length, num_heads, width = q_BTNX.shape
     value_width, dtype, stages = v_BTNU.shape[-1], q_BTNX.dtype, 3
     tiles = blocks.Tiles(batch, num_heads, length // TILE, longest_is_last=True)
     blocks_per_tile = TILE // GRADIENT_BLOCK
+    has_segments = first_key_BT is not None
+    ranges = segments.key_blocks(first_key_BT, tile=TILE, block=GRADIENT_BLOCK) if has_segments else ()
+    segment_operands = (first_key_BT, *ranges) if has_segments else ()
 
-    def attention_query_gradient(
-        q, k, v, dout, lse, delta, dq,
-        q_smem, dout_smem, lse_smem, delta_smem, k_smem, v_smem, rows_full, rows_free, k_full, k_free, v_full, v_free,
-    ):  # fmt: skip
+    def attention_query_gradient(q, k, v, dout, lse, delta, *refs):
+        if has_segments:
+            first_key, whole_block, edge_block, *refs, first_key_smem = refs
+        (
+            dq,
+            q_smem, dout_smem, lse_smem, delta_smem, k_smem, v_smem,
+            rows_full, rows_free, k_full, k_free, v_full, v_free,
+        ) = refs  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == WARPGROUPS)
@@ -50,7 +57,9 @@ def query_gradient(q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT, scale:
                     plgpu.copy_gmem_to_smem(v.at[b, keys, h], v_smem.at[slot], v_full.at[slot])
                     return blocks.next_slot(slot, stages)
 
-                slot = lax.fori_loop(0, blocks_per_tile, load_step, slot)  # a tile has at least these
+                first_block = edge_block[b, block] if has_segments else 0
+                second_part = first_block + blocks_per_tile  # a tile has at least the blocks before
+                slot = lax.fori_loop(first_block, second_part, load_step, slot)
                 for i in range(WARPGROUPS):
                     rows, barrier = pl.ds(block * TILE + i * ROWS, ROWS), rows_full.at[i]
                     plgpu.barrier_wait(rows_free.at[i])
@@ -58,7 +67,9 @@ def query_gradient(q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT, scale:
                     plgpu.copy_gmem_to_smem(dout.at[b, rows, h], dout_smem.at[i], barrier)
                     plgpu.copy_gmem_to_smem(lse.at[b, h, rows], lse_smem.at[i], barrier)
                     plgpu.copy_gmem_to_smem(delta.at[b, h, rows], delta_smem.at[i], barrier)
-                return lax.fori_loop(blocks_per_tile, (block + 1) * blocks_per_tile, load_step, slot)
+                    if has_segments:
+                        plgpu.copy_gmem_to_smem(first_key.at[b, rows], first_key_smem.at[i], barrier)
+                return lax.fori_loop(second_part, (block + 1) * blocks_per_tile, load_step, slot)
 
             slot = tiles.for_each(load_tile, jnp.int32(0))
             blocks.drain(slot, k_free, v_free, stages=stages)
@@ -79,7 +90,7 @@ def query_gradient(q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT, scale:
                 row_lse = plgpu.layout_cast(lse_smem[warpgroup], ROW_VECTOR)
                 row_delta = plgpu.layout_cast(delta_smem[warpgroup], ROW_VECTOR)
 
-                def differentiate_block(step, carry, *, is_masked):
+                def differentiate_block(step, carry, *, is_causal, is_cut):
                     slot, acc = carry
                     shape = (ROWS, GRADIENT_BLOCK)
                     plgpu.barrier_wait(k_full.at[slot])
@@ -98,21 +109,29 @@ def query_gradient(q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT, scale:
                     weights, dweights = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                     plgpu.barrier_arrive(v_free.at[slot])
                     dscores = weights * (dweights - lax.broadcast_in_dim(row_delta, shape, [0]))
-                    if is_masked:
-                        is_visible = blocks.row_ids(shape, first_row) >= blocks.column_ids(shape, step * GRADIENT_BLOCK)
-                        dscores = jnp.where(is_visible, dscores, 0.0)
+                    keys = blocks.column_ids(shape, step * GRADIENT_BLOCK)
+                    if is_causal:
+                        dscores = jnp.where(blocks.row_ids(shape, first_row) >= keys, dscores, 0.0)
+                    if is_cut:
+                        row_first_key = plgpu.layout_cast(first_key_smem[warpgroup], ROW_VECTOR)
+                        dscores = jnp.where(keys >= lax.broadcast_in_dim(row_first_key, shape, [0]), dscores, 0.0)
                     dscores = dscores.astype(dtype)
                     acc = blocks.accumulate(acc, lambda acc_ref: plgpu.wgmma(acc_ref, dscores, k_smem.at[slot]))
                     plgpu.barrier_arrive(k_free.at[slot])
                     return blocks.next_slot(slot, stages), acc
 
                 carry = (slot, blocks.zeros((ROWS, width)))
-                first_masked = block * blocks_per_tile
-                carry = lax.fori_loop(0, first_masked, functools.partial(differentiate_block, is_masked=False), carry)
+                first_whole, first_causal = 0, block * blocks_per_tile
+                if has_segments:
+                    first_whole = whole_block[b, block]
+                    differentiate_cut_block = functools.partial(differentiate_block, is_causal=False, is_cut=True)
+                    carry = lax.fori_loop(edge_block[b, block], first_whole, differentiate_cut_block, carry)
+                differentiate_whole_block = functools.partial(differentiate_block, is_causal=False, is_cut=False)
+                carry = lax.fori_loop(first_whole, first_causal, differentiate_whole_block, carry)
                 slot, acc = lax.fori_loop(
-                    first_masked,
-                    first_masked + blocks_per_tile,
-                    functools.partial(differentiate_block, is_masked=True),
+                    first_causal,
+                    first_causal + blocks_per_tile,
+                    functools.partial(differentiate_block, is_causal=True, is_cut=has_segments),
                     carry,
                 )
                 own_q[...] = (acc * scale).astype(dtype)
@@ -135,16 +154,17 @@ def query_gradient(q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT, scale:
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             blocks.swizzled(stages, GRADIENT_BLOCK, width, dtype),
             blocks.swizzled(stages, GRADIENT_BLOCK, value_width, dtype),
-            plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=4),
+            plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=5 if has_segments else 4),
             plgpu.Barrier(num_barriers=WARPGROUPS),
             *blocks.ring(stages),
             *blocks.ring(stages),
+            *((plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),) if has_segments else ()),
         ),
-    )(q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT)
+    )(q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT, *segment_operands)
 
 
 def key_value_gradients(
-    q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT, scale: float
+    q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, delta_BNT, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the gradients of the keys, [B, T, N, X], and of the values, [B, T, N, U], in q's dtype.
 
@@ -158,12 +178,22 @@ def key_value_gradients(
     tiles = blocks.Tiles(batch, num_heads, num_blocks, longest_is_last=False)
     shape = (ROWS, GRADIENT_BLOCK)  # products are transposed: a row is a key, a column a query
 
-    def attention_key_value_gradients(
-        q, k, v, dout, lse, delta, dk, dv,
-        k_smem, v_smem, dk_smem, dv_smem, weights_smem, q_smem, dout_smem, lse_smem, delta_smem,
-        k_full, k_free, v_full, v_free, weights_full, weights_free, q_full, q_free, dout_full, dout_free,
-    ):  # fmt: skip
+    has_segments = first_key_BT is not None
+    ranges = segments.query_blocks(first_key_BT, tile=ROWS, block=GRADIENT_BLOCK) if has_segments else ()
+    segment_operands = (first_key_BT, *ranges) if has_segments else ()
+
+    def attention_key_value_gradients(q, k, v, dout, lse, delta, *refs):
+        if has_segments:
+            first_key, whole_block, edge_block, *refs, first_key_smem = refs
+        (
+            dk, dv,
+            k_smem, v_smem, dk_smem, dv_smem, weights_smem, q_smem, dout_smem, lse_smem, delta_smem,
+            k_full, k_free, v_full, v_free, weights_full, weights_free, q_full, q_free, dout_full, dout_free,
+        ) = refs  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
+
+        def end_of_queries(b, block):
+            return edge_block[b, block] if has_segments else num_blocks
 
         @pl.when(warpgroup == 2)
         def _produce():
@@ -182,12 +212,14 @@ def key_value_gradients(
                     plgpu.barrier_wait(q_free.at[slot])
                     plgpu.copy_gmem_to_smem(q.at[b, queries, h], q_smem.at[slot], q_full.at[slot])
                     plgpu.copy_gmem_to_smem(lse.at[b, h, queries], lse_smem.at[slot], q_full.at[slot])
+                    if has_segments:
+                        plgpu.copy_gmem_to_smem(first_key.at[b, queries], first_key_smem.at[slot], q_full.at[slot])
                     plgpu.barrier_wait(dout_free.at[slot])
                     plgpu.copy_gmem_to_smem(dout.at[b, queries, h], dout_smem.at[slot], dout_full.at[slot])
                     plgpu.copy_gmem_to_smem(delta.at[b, h, queries], delta_smem.at[slot], dout_full.at[slot])
                     return blocks.next_slot(slot, stages)
 
-                return lax.fori_loop(block, num_blocks, load_step, slot)
+                return lax.fori_loop(block, end_of_queries(b, block), load_step, slot)
 
             slot = tiles.for_each(load_tile, jnp.int32(0))
             blocks.drain(slot, q_free, dout_free, stages=stages)
@@ -204,7 +236,7 @@ def key_value_gradients(
                 b, h, block = tile
                 plgpu.barrier_wait(k_full)
 
-                def differentiate_block(step, carry, *, is_masked):
+                def differentiate_block(_, carry, *, is_causal, is_cut):
                     slot, weights_slot, acc = carry
                     plgpu.barrier_wait(q_full.at[slot])
 
@@ -215,8 +247,14 @@ def key_value_gradients(
                     scores = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                     column_lse = plgpu.layout_cast(lse_smem[slot], COLUMN_VECTOR)
                     weights = jnp.exp2(scores * (scale * LOG2_E) - lax.broadcast_in_dim(column_lse, shape, [1]))
-                    if is_masked:
+                    if is_causal:
                         weights = jnp.where(blocks.row_ids(shape, 0) <= blocks.column_ids(shape, 0), weights, 0.0)
+                    if is_cut:
+                        column_first_key = plgpu.layout_cast(first_key_smem[slot], COLUMN_VECTOR)
+                        is_own = blocks.row_ids(shape, block * ROWS) >= lax.broadcast_in_dim(
+                            column_first_key, shape, [1]
+                        )
+                        weights = jnp.where(is_own, weights, 0.0)
                     weights = weights.astype(dtype)
                     plgpu.barrier_wait(weights_free.at[weights_slot])
                     weights_smem[weights_slot] = weights
@@ -228,10 +266,14 @@ def key_value_gradients(
                     plgpu.barrier_arrive(dout_free.at[slot])
                     return blocks.next_slot(slot, stages), 1 - weights_slot, acc
 
-                carry = differentiate_block(block, (*carry, blocks.zeros((ROWS, value_width))), is_masked=True)
-                carry = lax.fori_loop(
-                    block + 1, num_blocks, functools.partial(differentiate_block, is_masked=False), carry
-                )
+                carry = (*carry, blocks.zeros((ROWS, value_width)))
+                carry = differentiate_block(block, carry, is_causal=True, is_cut=has_segments)
+                end_of_whole = whole_block[b, block] if has_segments else num_blocks
+                differentiate_whole_block = functools.partial(differentiate_block, is_causal=False, is_cut=False)
+                carry = lax.fori_loop(block + 1, end_of_whole, differentiate_whole_block, carry)
+                if has_segments:
+                    differentiate_cut_block = functools.partial(differentiate_block, is_causal=False, is_cut=True)
+                    carry = lax.fori_loop(end_of_whole, edge_block[b, block], differentiate_cut_block, carry)
                 plgpu.barrier_arrive(k_free)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 dv_smem[...] = carry[2].astype(dtype)
@@ -297,7 +339,8 @@ def key_value_gradients(
                 slot, weights_slot = carry
                 dweights, _ = multiply_values(slot, lambda: None)
                 carry = (slot, weights_slot, dweights, blocks.zeros((ROWS, width)))
-                slot, weights_slot, dweights, acc = lax.fori_loop(block, num_blocks - 1, differentiate_block, carry)
+                last_block = end_of_queries(b, block) - 1
+                slot, weights_slot, dweights, acc = lax.fori_loop(block, last_block, differentiate_block, carry)
                 acc = multiply_queries(slot, differentiate_scores(slot, weights_slot, dweights), acc)
                 carry = (blocks.next_slot(slot, stages), 1 - weights_slot, acc)
                 plgpu.barrier_arrive(v_free)
@@ -325,7 +368,8 @@ def key_value_gradients(
             plgpu.SMEM((stages, GRADIENT_BLOCK), jnp.float32),
             *(plgpu.Barrier(),) * 4,
             *(plgpu.Barrier(num_barriers=2),) * 2,
+            *blocks.ring(stages, copies=3 if has_segments else 2),
             *blocks.ring(stages, copies=2),
-            *blocks.ring(stages, copies=2),
+            *((plgpu.SMEM((stages, GRADIENT_BLOCK), jnp.int32),) if has_segments else ()),
         ),
-    )(q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT)
+    )(q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT, *segment_operands)

@@ -1,0 +1,70 @@
+"""The weight of an FP8 linear: the float32 master beside its codes for both directions."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.fp8.formats import QuantizedArray, dequantize, quantize_weight_blocks, transpose_blocks
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("master", "forward", "backward"),
+    meta_fields=("output_dims", "input_cache"),
+)
+@dataclasses.dataclass(frozen=True)
+class Fp8Weight:
+    """A weight [*batch, *K, *N] that a linear multiplies in E4M3; takes the weight's place in a parameter tree.
+
+    The gradient belongs to the master alone. 128x128 blocks stay blocks under transposition, so both directions hold
+    the same codes.
+    """
+
+    master: jax.Array | None  # float32, the parameter itself; None where no gradient is wanted
+    forward: QuantizedArray  # [*batch, N, K] in blocks
+    backward: QuantizedArray | None  # [*batch, K, N] in blocks; None where no gradient is wanted
+    output_dims: tuple[int, ...]  # the dimensions that N stands for
+    input_cache: str  # what the linear keeps of its input for the weight's gradient: "e4m3", "e5m6" or "bf16"
+
+    def __getitem__(self, index) -> "Fp8Weight":
+        """Returns the weight itself for `[...]`, as an array does."""
+        assert index is ..., index
+        return self
+
+    def as_matrix(self) -> "Fp8Weight":
+        """Returns the weight with its master as [*batch, K, N]."""
+        if self.master is None:
+            return self
+        *batch, outputs, contraction = self.forward.codes.shape
+        return dataclasses.replace(self, master=self.master.reshape(*batch, contraction, outputs))
+
+    def dequantize(self, contracted: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        """Returns the codes' values as [*batch, *contracted, *output_dims]."""
+        values_NK = dequantize(self.forward).astype(dtype)
+        shape = (*values_NK.shape[:-2], *contracted, *self.output_dims)
+        return jnp.swapaxes(values_NK, -1, -2).reshape(shape)
+
+
+def quantize_weight(
+    weight: jax.Array, *, contracted_dims: int, batch_dims: int, input_cache: str, with_gradient: bool
+) -> Fp8Weight:
+    """Quantizes a weight by the rule of published FP8 checkpoints.
+
+    Args:
+      weight: [*batch, *K, *N], any float dtype; computed in float32.
+      contracted_dims: how many dimensions K stands for.
+      batch_dims: leading dimensions that enumerate separate matrices: layers, experts.
+      input_cache: see `Fp8Weight`.
+      with_gradient: also keep the master and make the codes that gradients need.
+    """
+    batch, inner = weight.shape[:batch_dims], weight.shape[batch_dims:]
+    contracted, output_dims = inner[:contracted_dims], inner[contracted_dims:]
+    matrix_KN = jax.lax.stop_gradient(weight).reshape(*batch, math.prod(contracted), math.prod(output_dims))
+    backward = quantize_weight_blocks(matrix_KN)
+    forward = transpose_blocks(backward)
+    if not with_gradient:
+        return Fp8Weight(None, forward, None, output_dims, input_cache)
+    return Fp8Weight(weight, forward, backward, output_dims, input_cache)
