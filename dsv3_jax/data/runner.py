@@ -13,7 +13,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Protocol
 
 from dsv3_jax.config import require
@@ -25,7 +25,7 @@ ITEMS_PER_WORKER = 2  # in flight: one that runs and one that waits
 class Runner(Protocol):
     """Calls a function on many items."""
 
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Generator[Any, None, None]:
         """Yields function(item) in the order of the items.
 
         A few items are in flight at a time, the rest are not looked at yet. Closing the iterator early waits for those
@@ -70,9 +70,10 @@ def open_runner(name: str, *, num_workers: int, ray_address: str) -> Iterator[Ru
 class SerialRunner:
     """Works on one item after the other in this process."""
 
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Generator[Any, None, None]:
         """See `Runner.map`."""
-        return map(function, items)
+        for item in items:
+            yield function(item)
 
 
 class ProcessRunner:
@@ -91,7 +92,7 @@ class ProcessRunner:
     def __exit__(self, *_) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Generator[Any, None, None]:
         """See `Runner.map`."""
         in_flight = collections.deque()
         try:
@@ -126,7 +127,7 @@ class RayRunner:
     def __init__(self, num_workers: int):
         self._num_workers = num_workers
 
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Generator[Any, None, None]:
         """See `Runner.map`. A task whose node is lost is repeated on another."""
         ray = importlib.import_module("ray")
         remote = ray.remote(num_cpus=1)(function)

@@ -1,9 +1,9 @@
 """A small corpus of generated files, prepared once per session."""
 
 import pytest
-from small_text import no_progress, preparation, write_documents
+from small_text import prepared_in, write_documents
 
-from dsv3_jax.data import open_corpus, prepare
+from dsv3_jax.data import open_corpus
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,7 @@ def text_directory(tmp_path_factory):
 @pytest.fixture(scope="session")
 def prepared_directory(text_directory, tmp_path_factory):
     directory = tmp_path_factory.mktemp("prepared") / "corpus"
-    assert prepare.prepare(preparation(sources=(str(text_directory),)), directory, on_progress=no_progress)
+    assert prepared_in(directory, text_directory)
     return directory
 
 
