@@ -288,16 +288,16 @@ def _spread_blocks(scales_rk: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _split(x: jax.Array, dim: int) -> jax.Array:
     """Splits a dimension, counted from the end, into tiles of 128, the last filled up with zeros."""
     dim += x.ndim
-    size = x.shape[dim]
-    x = jnp.pad(x, _pad_widths(x.ndim, dim, num_tiles(size) * TILE - size))
-    return x.reshape(*x.shape[:dim], -1, TILE, *x.shape[dim + 1 :])
+    tiles = num_tiles(x.shape[dim])
+    x = jnp.pad(x, _pad_widths(x.ndim, dim, tiles * TILE - x.shape[dim]))
+    return x.reshape(*x.shape[:dim], tiles, TILE, *x.shape[dim + 1 :])
 
 
 def _join(tiles: jax.Array, dim: int, size: int) -> jax.Array:
     """Undoes `_split` of a dimension that had the given size."""
-    dim += tiles.ndim
-    joined = tiles.reshape(*tiles.shape[: dim - 1], -1, *tiles.shape[dim + 1 :])
-    return jax.lax.slice_in_dim(joined, 0, size, axis=dim - 1)
+    dim += tiles.ndim - 1
+    joined = tiles.reshape(*tiles.shape[:dim], tiles.shape[dim] * TILE, *tiles.shape[dim + 2 :])
+    return jax.lax.slice_in_dim(joined, 0, size, axis=dim)
 
 
 def _pad_widths(ndim: int, dim: int, amount: int) -> list[tuple[int, int]]:
