@@ -1,0 +1,246 @@
+"""The persistent, warp-specialised pipeline that all block-scaled FP8 products run on (Pallas Mosaic GPU, Hopper).
+
+One warpgroup copies tiles of both operands and their scales to shared memory and runs ahead across output tiles, so the
+next tile's loads happen during the epilogue. Each of the others multiplies 64 rows of the tile, 128 of the contraction
+at a time: the tensor cores start from zero, and the partial products are scaled and added to float32 registers. Three
+multiplying warpgroups, because each spends a third of its time waiting for its own product and adding it up: with two
+the tensor cores stand still. A stage is given back before that addition.
+
+The scales of a stage are read by ordinary loads and overwritten by TMA without a proxy fence between: the loads have
+returned before the stage is given back. The race detector of the interpreter wants the fence (`Tile.fence`); it costs
+2% on an H200.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsv3_jax.fp8.formats import TILE, QuantizedArray
+from dsv3_jax.kernels.fp8_matmul.tuned import NUM_SMS, Tile
+
+WARPGROUP_ROWS = 64  # rows of one wgmma
+PRODUCER_REGISTERS = 40  # 24 makes the producer spill
+TMA_SCALE_ROW = 32  # float32 numbers in 128 bytes: where a copy to shared memory may begin
+
+
+class Work(NamedTuple):
+    """One output tile: which block of which group, and which part of the contraction."""
+
+    group: Any
+    first_row: Any
+    row_end: Any  # rows from here on belong to another tile
+    first_column: Any
+    first_step: Any
+    num_steps: Any
+
+
+def scaled_matmul(
+    a: QuantizedArray,
+    b: QuantizedArray,
+    tables: tuple[jax.Array, ...] = (),
+    *,
+    out_type: jax.ShapeDtypeStruct,
+    tile: Tile,
+    num_work: Callable,
+    work_at: Callable,
+) -> jax.Array:
+    """Multiplies row-scaled a with the transpose of b, block- or row-scaled, tile by tile.
+
+    Args:
+      a: row-quantized [R, K].
+      b: [C, K], or block-quantized [E, C, K] with one matrix per group.
+      tables: arrays that the callables read.
+      out_type: [R, C] or, with one matrix per group, [E, R, C].
+      tile: the work of one thread block.
+      num_work: references to the tables -> number of output tiles.
+      work_at: (references to the tables, index) -> `Work`.
+    """
+    rows, columns, stages, warpgroups = tile.rows, tile.columns, tile.stages, tile.warpgroups
+    out_rows, out_columns = out_type.shape[-2:]
+    is_blockwise = b.tile == "block"
+    block_scales = b.scales.shape[-1]
+    operands = (a.codes, a.scales, b.codes, b.scales, *tables)
+    stores_directly = tile.stores_directly and not out_columns % columns and not out_rows % WARPGROUP_ROWS
+
+    # One function because the two roles share barriers, buffers and the order of tiles.
+    def fp8_matmul_kernel(*refs):
+        *in_refs, out_ref, a_smem, b_smem, a_scales_smem, b_scales_smem, out_smem = refs[:-4]
+        full, empty, full_blocks, empty_blocks = refs[-4:]
+        a_ref, a_scales_ref, b_ref, b_scales_ref, *table_refs = in_refs
+        warpgroup, first = lax.axis_index("warpgroup"), lax.axis_index("first")
+        count = lax.div(num_work(table_refs) - first + NUM_SMS - 1, NUM_SMS)
+
+        def work(index):
+            return work_at(table_refs, first + jnp.minimum(index, jnp.maximum(count - 1, 0)) * NUM_SMS)
+
+        def next_slot(slot):
+            return jnp.where(slot == stages - 1, 0, slot + 1)
+
+        @pl.when(warpgroup == warpgroups)
+        def _produce():
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+            def load_tile(index, carry):
+                slot, now = carry
+                later = work(index + 1)  # read early, so that the loads from the tables are never waited for
+                matrix = (now.group,) if b.codes.ndim == 3 else ()
+                tile_rows = pl.ds(pl.multiple_of(now.first_row, WARPGROUP_ROWS), rows)
+                tile_columns = pl.ds(pl.multiple_of(now.first_column, columns), columns)
+                if is_blockwise:
+                    parity = lax.rem(index, 2)
+                    plgpu.barrier_wait(empty_blocks.at[parity])
+                    source = b_scales_ref.at[(*matrix, lax.div(now.first_column, TILE))]
+                    target = b_scales_smem.at[parity, pl.ds(0, block_scales)]
+                    plgpu.copy_gmem_to_smem(source, target, full_blocks.at[parity])
+
+                def load_step(index, slot):
+                    plgpu.barrier_wait(empty.at[slot])
+                    step = now.first_step + index
+                    contracted = pl.ds(step * TILE, TILE)
+                    arrived = full.at[slot]
+                    plgpu.copy_gmem_to_smem(b_ref.at[(*matrix, tile_columns, contracted)], b_smem.at[slot], arrived)
+                    plgpu.copy_gmem_to_smem(a_ref.at[tile_rows, contracted], a_smem.at[slot], arrived)
+                    plgpu.copy_gmem_to_smem(a_scales_ref.at[step, tile_rows], a_scales_smem.at[slot], arrived)
+                    if not is_blockwise:
+                        plgpu.copy_gmem_to_smem(b_scales_ref.at[step, tile_columns], b_scales_smem.at[slot], arrived)
+                    return next_slot(slot)
+
+                return lax.fori_loop(0, now.num_steps, load_step, slot), later
+
+            slot, _ = lax.fori_loop(0, count, load_tile, (jnp.int32(0), work(0)))
+
+            # Every barrier is left as it was found, whatever the number of steps.
+            def drain(_, slot):
+                plgpu.barrier_wait(empty.at[slot])
+                return next_slot(slot)
+
+            lax.fori_loop(0, stages, drain, slot)
+            if is_blockwise:
+                for later in range(2):
+                    plgpu.barrier_wait(empty_blocks.at[lax.rem(count + later, 2)])
+
+        @pl.when(warpgroup < warpgroups)
+        def _consume():
+            plgpu.set_max_registers(_consumer_registers(warpgroups), action="increase")
+            own_rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            shape = (WARPGROUP_ROWS, columns)
+
+            @pl.loop(0, stages)
+            def _(slot):
+                plgpu.barrier_arrive(empty.at[slot])
+
+            if is_blockwise:
+                for parity in range(2):
+                    plgpu.barrier_arrive(empty_blocks.at[parity])
+
+            def give_back(slot):
+                if tile.fence:
+                    plgpu.commit_smem()
+                plgpu.barrier_arrive(empty.at[slot])
+
+            def multiply_tile(index, carry):
+                slot, now = carry
+                later = work(index + 1)
+                parity = lax.rem(index, 2)
+                if is_blockwise:
+                    plgpu.barrier_wait(full_blocks.at[parity])
+
+                def multiply_step(index, carry):
+                    slot, acc = carry
+                    if is_blockwise:
+                        b_scale = b_scales_smem[parity, now.first_step + index]
+                    plgpu.barrier_wait(full.at[slot])
+                    a_scale = plgpu.load(a_scales_smem.at[slot, own_rows], layout=plgpu.Layout.WGMMA.reduce(1))
+
+                    def multiply(partial_ref):
+                        plgpu.wgmma(partial_ref, a_smem.at[slot, own_rows], b_smem.at[slot].T)
+                        return partial_ref[...]
+
+                    partial = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+                    if is_blockwise:
+                        give_back(slot)
+                        return next_slot(slot), acc + partial * lax.broadcast_in_dim(a_scale * b_scale, shape, [0])
+                    # Read only now, and a few at a time: 32 more registers would not be there.
+                    b_scale = plgpu.load(b_scales_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
+                    scale = lax.broadcast_in_dim(a_scale, shape, [0]) * lax.broadcast_in_dim(b_scale, shape, [1])
+                    acc = acc + partial * scale
+                    give_back(slot)
+                    return next_slot(slot), acc
+
+                zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+                slot, acc = lax.fori_loop(0, now.num_steps, multiply_step, (slot, zeros))
+                if is_blockwise:
+                    plgpu.barrier_arrive(empty_blocks.at[parity])
+                store_tile(acc.astype(out_type.dtype), now)
+                return slot, later
+
+            def store_tile(out_tile, now):
+                matrix = (now.group,) if len(out_type.shape) == 3 else ()
+                first_row = pl.multiple_of(now.first_row, WARPGROUP_ROWS) + warpgroup * WARPGROUP_ROWS
+                block_rows = pl.ds(first_row, WARPGROUP_ROWS)
+                width = columns if stores_directly else tile.store_columns
+                for i, start in enumerate(range(0, columns, width)):
+                    first_column = pl.multiple_of(now.first_column, columns) + start
+                    block = out_tile[:, start : start + width]
+
+                    @pl.when((first_row < now.row_end) & (first_column < out_columns))
+                    def _store(i=i, block=block, block_columns=pl.ds(first_column, width)):
+                        target = out_ref.at[(*matrix, block_rows, block_columns)]
+                        if stores_directly:
+                            target[...] = block
+                            return
+                        buffer = out_smem.at[warpgroup, i % tile.store_slots]
+                        plgpu.wait_smem_to_gmem(tile.store_slots - 1, wait_read_only=True)
+                        buffer[...] = block
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(buffer, target)
+
+            lax.fori_loop(0, count, multiply_tile, (jnp.int32(0), work(0)))
+            plgpu.wait_smem_to_gmem(0)
+
+    codes_dtype, slots = a.codes.dtype, 1 if stores_directly else tile.store_slots
+    b_scales_shape = (2, -(-block_scales // TMA_SCALE_ROW) * TMA_SCALE_ROW) if is_blockwise else (stages, columns)
+    out = plgpu.kernel(
+        fp8_matmul_kernel,
+        out_type=out_type,
+        grid=(NUM_SMS,),
+        grid_names=("first",),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types=(
+            plgpu.SMEM((stages, rows, TILE), codes_dtype, transforms=_swizzled(codes_dtype, TILE)),
+            plgpu.SMEM((stages, columns, TILE), codes_dtype, transforms=_swizzled(codes_dtype, TILE)),
+            plgpu.SMEM((stages, rows), jnp.float32),
+            plgpu.SMEM(b_scales_shape, jnp.float32),
+            plgpu.SMEM(
+                (warpgroups, slots, WARPGROUP_ROWS, tile.store_columns),
+                out_type.dtype,
+                transforms=_swizzled(out_type.dtype, tile.store_columns),
+            ),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=3 if is_blockwise else 4),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
+            plgpu.Barrier(num_barriers=2, num_arrivals=1),
+            plgpu.Barrier(num_barriers=2, num_arrivals=warpgroups),
+        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )(*operands)
+    # Without the barrier XLA runs the kernel twice where a loop also stacks its result for the backward pass.
+    return lax.optimization_barrier(out)
+
+
+def _consumer_registers(warpgroups: int) -> int:
+    """Returns the registers per thread that the multiplying warpgroups can have beside the producer."""
+    at_launch = 512 // (warpgroups + 1) // 8 * 8
+    return min(240, (at_launch * (warpgroups + 1) - PRODUCER_REGISTERS) // warpgroups // 8 * 8)
+
+
+def _swizzled(dtype: Any, minor: int) -> tuple[Any, Any]:
+    """Returns the shared-memory layout that TMA writes and wgmma reads without bank conflicts."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(minor * itemsize * 8)
+    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
