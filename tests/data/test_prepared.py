@@ -1,5 +1,6 @@
 """A prepared corpus is read as it was written, and refused by name where it is not whole."""
 
+import itertools
 import json
 import os
 import shutil
@@ -40,7 +41,7 @@ def test_every_source_and_split_is_read_as_written(written, tokenizer):
             texts = TEXTS[name].get(split, [])
             tokens, offsets = source.tokens(split), source.document_offsets(split)
             assert tokens.dtype == np.uint16 and offsets.dtype == np.int64
-            documents = [tokens[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+            documents = [tokens[start:end] for start, end in itertools.pairwise(offsets)]
             assert [document.tolist() for document in documents] == [tokenizer.encode_document(t) for t in texts]
             assert source.num_tokens(split) == len(tokens) == offsets[-1]
             assert source.num_documents(split) == len(texts)
