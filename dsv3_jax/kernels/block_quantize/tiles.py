@@ -19,6 +19,7 @@ from dsv3_jax.fp8 import formats
 from dsv3_jax.fp8.formats import E4M3, TILE, QuantizedArray
 
 CHUNK = 64  # rows that a warpgroup quantizes at a time: 64 values per thread
+_GRID_NAMES = ("row", "column")
 _LARGEST_INTEGER, _ABOVE_INFINITY = 0x7FFFFFFF, 0x7FFFFF  # bits of float32
 
 # Eight lanes share a row and hold 8 neighbours of each of its halves: 16-byte loads, 3 shuffles for a maximum.
@@ -165,8 +166,8 @@ def for_each_tile(
     outputs = plgpu.kernel(
         kernel,
         out_type=tuple(out_types),
-        grid=(pl.cdiv(extent[0], tile_rows), extent[1]),
-        grid_names=("row", "column"),
+        grid=tuple({"row": pl.cdiv(extent[0], tile_rows), "column": extent[1]}[name] for name in _GRID_NAMES),
+        grid_names=_GRID_NAMES,
         num_threads=warpgroups,
         thread_name="warpgroup",
         scratch_types=(
