@@ -189,8 +189,8 @@ def scaled_matmul(
                     block = out_tile[:, start : start + width]
 
                     @pl.when((first_row < now.row_end) & (first_column < out_columns))
-                    def _store(i=i, block=block, block_columns=pl.ds(first_column, width)):
-                        target = out_ref.at[(*matrix, block_rows, block_columns)]
+                    def _store(i=i, block=block, first_column=first_column):
+                        target = out_ref.at[(*matrix, block_rows, pl.ds(first_column, width))]
                         if stores_directly:
                             target[...] = block
                             return

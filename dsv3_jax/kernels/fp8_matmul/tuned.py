@@ -17,7 +17,7 @@ class Tile:
     stages: int = 4  # 128-deep steps in shared memory at one time
     store_columns: int = 128  # columns per store to device memory
     store_slots: int = 1  # stores in flight per warpgroup
-    stores_directly: bool = False  # writes registers to device memory, where the output's shape allows, without a store buffer
+    stores_directly: bool = False  # from registers to device memory, where whole tiles fit the output
     raster_rows: int = 8  # row tiles swept together, so that their rows and weights meet in L2
     fence: bool = False  # a proxy fence before a stage is given back
 

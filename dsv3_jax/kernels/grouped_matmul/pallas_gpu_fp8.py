@@ -86,9 +86,7 @@ def grouped_fp8_weight_gradient(
         group = lax.div(index, row_tiles * column_tiles)
         in_group = lax.rem(index, row_tiles * column_tiles)
         row, column = plgpu.planar_snake(in_group, (row_tiles, column_tiles), 1, tile.raster_rows)
-        return Work(
-            group, row * tile.rows, rows, column * tile.columns, first_step_ref[group], steps_ref[group]
-        )
+        return Work(group, row * tile.rows, rows, column * tile.columns, first_step_ref[group], steps_ref[group])
 
     return scaled_matmul(
         a,
