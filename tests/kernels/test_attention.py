@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.kernels import attention as op
+from dsv3_jax.kernels.attention import segments
 
 BF16_TOLERANCE = 6e-3  # relative norm: inputs of the second product and the result are each rounded to 8 bits
 
@@ -18,11 +19,13 @@ def make_operands(batch, length, num_heads, width, value_width, dtype):
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def attend_densely(q, k, v, dout, scale):
+def attend_densely(q, k, v, dout, first_key, scale):
     """Returns the output and the gradients of q, k and v by their formulas, in float64."""
     q, k, v, dout = (np.asarray(array, np.float64) for array in (q, k, v, dout))
     scores = np.einsum("btnx,bsnx->bnts", q, k) * scale
-    scores = np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -np.inf)
+    keys = np.arange(k.shape[1])
+    is_visible = (keys <= keys[:, None]) & (keys >= first_key[:, None, :, None])
+    scores = np.where(is_visible, scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     dweights = np.einsum("btnu,bsnu->bnts", dout, v)
@@ -35,11 +38,18 @@ def attend_densely(q, k, v, dout, scale):
     )
 
 
-def assert_value_and_gradients_match(attend, operands, scale, tolerance):
+def first_keys(starts_of_rows, length):
+    """Returns the first key of every query, int32 [rows, length], of documents that begin at the given positions."""
+    rows = [[max([0, *(s for s in starts if s <= t)]) for t in range(length)] for starts in starts_of_rows]
+    return jnp.asarray(rows, jnp.int32)
+
+
+def assert_value_and_gradients_match(attend, operands, scale, tolerance, first_key_BT=None):
     q, k, v, dout = operands
-    out, vjp = jax.vjp(attend, q, k, v)
+    out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, first_key_BT), q, k, v)
     assert out.dtype == q.dtype
-    for actual, expected in zip((out, *vjp(dout)), attend_densely(*operands, scale)):
+    first_key = np.zeros(q.shape[:2], int) if first_key_BT is None else np.asarray(first_key_BT)
+    for actual, expected in zip((out, *vjp(dout)), attend_densely(*operands, first_key, scale)):
         error = np.linalg.norm(np.asarray(actual, np.float64) - expected) / np.linalg.norm(expected)
         assert error < tolerance
 
@@ -49,6 +59,44 @@ def test_reference_equals_dense_softmax(length):
     operands = make_operands(2, length, 2, 24, 16, jnp.float32)
     attend = functools.partial(op.causal_attention, scale=0.3, implementation="reference")
     assert_value_and_gradients_match(attend, operands, 0.3, 1e-5)
+
+
+# Documents of one token, that end at a block's end, that fill many blocks, and a whole row that is one document.
+STARTS = [[3, 4, 5, 64, 128, 190], [], [127, 129, 260], [255, 256]]
+
+
+@pytest.mark.parametrize("length", [5, 129, 300])
+def test_reference_hides_other_documents(length):
+    operands = make_operands(4, length, 2, 24, 16, jnp.float32)
+    attend = functools.partial(op.causal_attention, scale=0.3, implementation="reference")
+    assert_value_and_gradients_match(attend, operands, 0.3, 1e-5, first_keys(STARTS, length))
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_ranges_of_blocks_hold_what_is_seen_and_no_mask_is_missing(block):
+    rng = np.random.default_rng(0)
+    starts = [sorted(rng.choice(512, count, replace=False)) for count in (0, 1, 4, 40, 512)]
+    first_key_BT = first_keys([*starts, *STARTS], 512)
+    keys = np.arange(512)
+    is_own = keys >= np.asarray(first_key_BT)[:, :, None]  # [B, T, S]
+    is_seen = is_own & (keys <= keys[:, None])
+    by_queries = segments.key_blocks(first_key_BT, tile=128, block=block)
+    by_keys = segments.query_blocks(first_key_BT, tile=block, block=block)
+    for row in range(len(first_key_BT)):
+        for tile in range(512 // 128):
+            queries = slice(tile * 128, tile * 128 + 128)
+            edge, whole = (int(x[row, tile]) for x in (by_queries.edge_BM, by_queries.whole_BM))
+            assert 0 <= edge <= whole <= tile * 128 // block
+            assert not is_seen[row, queries, : edge * block].any()
+            assert is_seen[row, queries, edge * block : (edge + 1) * block].any()
+            assert is_own[row, queries, whole * block :].all() or whole == tile * 128 // block
+        for tile in range(512 // block):
+            own = slice(tile * block, tile * block + block)
+            edge, whole = (int(x[row, tile]) for x in (by_keys.edge_BM, by_keys.whole_BM))
+            assert tile < whole <= edge <= 512 // block
+            assert not is_seen[row, edge * block :, own].any()
+            assert is_seen[row, (edge - 1) * block : edge * block, own].any()
+            assert is_own[row, (tile + 1) * block : whole * block, own].all()
 
 
 @pytest.mark.parametrize(
@@ -72,21 +120,32 @@ def test_unknown_implementation_is_refused():
         op.causal_attention(q, k, v, scale=1.0, implementation="flash")
 
 
+def test_cudnn_refuses_first_keys():
+    q, k, v, _ = make_operands(1, 128, 1, 64, 64, jnp.bfloat16)
+    with pytest.raises(ValueError, match="cannot run first_key_BT"):
+        op.causal_attention(q, k, v, first_keys([[5]], 128), scale=1.0, implementation="cudnn")
+
+
+@pytest.mark.parametrize("has_segments", [False, True])
 @pytest.mark.parametrize(("width", "value_width"), [(192, 128), (128, 128), (64, 64)])
-def test_kernels_lower_for_cuda(width, value_width):
+def test_kernels_lower_for_cuda(width, value_width, has_segments):
     """Everything Mosaic checks without a GPU: operand layouts, tiling and shared-memory size."""
     q, v = (jax.ShapeDtypeStruct((2, 4096, 128, size), jnp.bfloat16) for size in (width, value_width))
-    attend = functools.partial(op.causal_attention, scale=0.1, implementation="pallas_gpu")
+    first_key_BT = jax.ShapeDtypeStruct((2, 4096), jnp.int32) if has_segments else None
 
-    def value_and_gradients(q, k, v):
+    def value_and_gradients(q, k, v, first_key_BT):
+        attend = functools.partial(
+            op.causal_attention, first_key_BT=first_key_BT, scale=0.1, implementation="pallas_gpu"
+        )
         out, vjp = jax.vjp(attend, q, k, v)
         return out, vjp(out)
 
-    exported = jax.export.export(jax.jit(value_and_gradients), platforms=["cuda"])(q, q, v)
+    exported = jax.export.export(jax.jit(value_and_gradients), platforms=["cuda"])(q, q, v, first_key_BT)
     assert exported.mlir_module().count("mosaic_gpu") >= 3
 
 
-def test_kernels_in_the_interpreter(monkeypatch):
+@pytest.mark.parametrize("has_segments", [False, True])
+def test_kernels_in_the_interpreter(monkeypatch, has_segments):
     if jax.__version_info__ < (0, 11):
         pytest.skip(f"the Mosaic GPU interpreter of JAX {jax.__version__} cannot transpose operands; 0.11 can")
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -113,9 +172,12 @@ def test_kernels_in_the_interpreter(monkeypatch):
     monkeypatch.setattr(plgpu, "wgmma", multiply)
     monkeypatch.setattr(blocks, "accumulate", accumulate)
     monkeypatch.setattr(blocks, "NUM_SMS", 2)
-    operands = make_operands(1, 256, 2, 128, 64, jnp.bfloat16)
+    batch, length, num_heads = (2, 384, 1) if has_segments else (1, 256, 2)
+    operands = make_operands(batch, length, num_heads, 128, 64, jnp.bfloat16)
     attend = functools.partial(op.causal_attention, scale=0.1, implementation="pallas_gpu")
-    assert_value_and_gradients_match(attend, operands, 0.1, BF16_TOLERANCE)
+    # The first row's first tile of keys is seen by the next tile in part, the second's by none.
+    first_key_BT = first_keys([[100, 270], [3, 128, 320, 383]], length) if has_segments else None
+    assert_value_and_gradients_match(attend, operands, 0.1, BF16_TOLERANCE, first_key_BT)
 
 
 @pytest.mark.gpu
@@ -125,3 +187,12 @@ def test_kernels_on_hopper(shape, implementation):
     operands = make_operands(*shape, jnp.bfloat16)
     attend = functools.partial(op.causal_attention, scale=0.1, implementation=implementation)
     assert_value_and_gradients_match(attend, operands, 0.1, BF16_TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 1024, 3, 192, 128), (4, 384, 20, 128, 64)])
+def test_kernels_on_hopper_hide_other_documents(shape):
+    operands = make_operands(*shape, jnp.bfloat16)
+    attend = functools.partial(op.causal_attention, scale=0.1, implementation="pallas_gpu")
+    starts = [[*row, *(start + 500 for start in row)] for row in STARTS]
+    assert_value_and_gradients_match(attend, operands, 0.1, BF16_TOLERANCE, first_keys(starts, shape[1]))

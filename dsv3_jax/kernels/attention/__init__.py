@@ -25,8 +25,8 @@ def causal_attention(
         own index, and never falling along T. None: all queries see all earlier keys.
       scale: factor on the scores.
       implementation: "pallas_gpu" (Hopper; 16-bit floats, T a multiple of 128, X and U multiples of 64, U <= X <= 192,
-        U <= 128), "cudnn" (any NVIDIA GPU; 16-bit floats, no first keys) or "reference". None picks pallas_gpu on a Hopper
-        GPU for operands it supports, else the reference; a named one runs or raises.
+        U <= 128), "cudnn" (any NVIDIA GPU; 16-bit floats, no first keys) or "reference". None picks pallas_gpu on a
+        Hopper GPU for operands it supports, else the reference; a named one runs or raises.
 
     Returns:
       [B, T, N, U] in the dtype of q; scores and softmax are float32.

@@ -20,9 +20,9 @@ NUM_SMS = 132  # H100 SXM and H200; one persistent thread block each
 HEADS_TOGETHER = 8  # heads swept together, so that their keys and values stay in L2
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 LOG2_E = math.log2(math.e)
-# Score of a key that a query does not see. Finite: where a block hides all its keys from a query, their weights are 1
-# relative to each other, and the first key that is seen, at the latest the query's own, scales them to 0.
-HIDDEN = -1e30
+# Where the running maximum of the scores starts. Finite: while a query has met hidden keys only, whose scores are -inf,
+# their weights are exp2(-inf - LOWEST) = 0.
+LOWEST = -1e30
 
 ROW_VECTOR = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a wgmma tile
 COLUMN_VECTOR = plgpu.Layout.WGMMA.reduce(0)  # one value per column

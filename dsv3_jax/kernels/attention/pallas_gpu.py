@@ -25,9 +25,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dsv3_jax.kernels.attention import blocks, segments
 from dsv3_jax.kernels.attention.blocks import (
     CONSUMER_REGISTERS,
-    HIDDEN,
     KEY_BLOCK,
     LOG2_E,
+    LOWEST,
     PRODUCER_REGISTERS,
     ROW_VECTOR,
     ROWS,
@@ -159,7 +159,7 @@ def attend(
                     plgpu.barrier_arrive(k_free.at[slot])
                     if is_causal or is_cut:
                         visible = is_visible(scores.shape, step, is_causal=is_causal, is_cut=is_cut)
-                        scores = jnp.where(visible, scores, HIDDEN)
+                        scores = jnp.where(visible, scores, -jnp.inf)
                     new_maximum = jnp.maximum(maximum, scores.max(axis=1) * (scale * LOG2_E))
                     correction = jnp.exp2(maximum - new_maximum)
                     weights = jnp.exp2(scores * (scale * LOG2_E) - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
@@ -175,7 +175,7 @@ def attend(
                     return blocks.next_slot(slot), acc, new_maximum, total
 
                 pl.when(warpgroup == 1)(take_turns)
-                carry = (slot, blocks.zeros((ROWS, value_width)), blocks.filled(-jnp.inf), blocks.filled(0.0))
+                carry = (slot, blocks.zeros((ROWS, value_width)), blocks.filled(LOWEST), blocks.filled(0.0))
                 first_whole = 0
                 if has_segments:
                     first_whole = whole_block[b, block]
