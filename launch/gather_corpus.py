@@ -39,7 +39,8 @@ def main() -> None:
             progress.advance(task)
             num_documents, num_bytes = sum(gathered.documents.values()), sum(gathered.utf8_bytes.values())
             package = f"{gathered.package.name} ({gathered.licence})"
-            console.print(f"{num_documents:>8,} documents {num_bytes:>12,} bytes  {package:.80}", highlight=False)
+            console.print(f"{num_documents:>8,} documents {num_bytes:>12,} bytes  {package:.80}", highlight=False,
+                          soft_wrap=True)  # fmt: skip
 
         results = packages.gather(
             package_list, _OUTPUT.value, registries=_REGISTRY.value, num_workers=_NUM_WORKERS.value, on_package=show

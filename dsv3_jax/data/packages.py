@@ -20,7 +20,8 @@ from dsv3_jax.config import require
 from dsv3_jax.data import package_text
 from dsv3_jax.data.package_text import Gathered, Package
 
-REGISTRIES = ("debian", "pypi")
+SUFFIXES = {"debian": ".deb", "pypi": ".whl"}
+REGISTRIES = tuple(SUFFIXES)
 DEBIAN_KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"  # of package debian-archive-keyring
 
 
@@ -93,12 +94,13 @@ def gather(
     packages = [package for package in package_list.packages if package.registry in registries]
     require(packages, "registries", list(registries), f"choose none of the packages; there are {', '.join(REGISTRIES)}")
     source_of_language = {source["language"]: name for name, source in package_list.sources.items()}
+    archives = download(packages, directory / "downloads", package_list)
     done = {}
     with concurrent.futures.ProcessPoolExecutor(num_workers) as pool:
-        futures = []
-        for package in packages:
-            archive = download(package, directory / "downloads", package_list)
-            futures.append(pool.submit(package_text.write_text, package, archive, directory, source_of_language))
+        futures = [
+            pool.submit(package_text.write_text, package, archives[package], directory, source_of_language)
+            for package in packages
+        ]
         for future in concurrent.futures.as_completed(futures):
             gathered = future.result()
             done[gathered.package] = gathered
@@ -108,36 +110,45 @@ def gather(
     return results
 
 
-def download(package: Package, directory: pathlib.Path, package_list: PackageList) -> pathlib.Path:
-    """Downloads a package, unless it is there, and returns its file.
+def download(
+    packages: Sequence[Package], directory: pathlib.Path, package_list: PackageList
+) -> dict[Package, pathlib.Path]:
+    """Downloads the packages that are not there yet, and returns the file of each.
 
     Raises:
-      ValueError: the client is missing, says no, or brought something else than the list pins.
+      ValueError: a client is missing or says no, or a package is not what the list pins; names it.
     """
-    suffix = ".deb" if package.registry == "debian" else ".whl"
-    path = directory / f"{package.name}-{package.sha256[:16]}{suffix}"
-    if path.exists():
-        return path
-    arriving = directory / f"{path.name}.arriving"
-    if arriving.exists():
-        shutil.rmtree(arriving)
-    arriving.mkdir(parents=True)
-    if package.registry == "debian":
-        command = [*_apt_get(directory, package_list), "download", f"{package.name}={package.version}"]
-    else:
-        command = [*_pip(), "download", "--no-deps", "--ignore-requires-python", "--only-binary=:all:", "--quiet",
-                   f"{package.name}=={package.version}"]  # fmt: skip
-    _run(command, arriving, f"package {package.name} {package.version}")
-    files = [file for file in arriving.iterdir() if file.suffix == suffix]
-    require(len(files) == 1, f"package {package.name}", [file.name for file in files],
-            f"is not the one {suffix} file expected of {command[0]}")  # fmt: skip
-    with files[0].open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    require(digest == package.sha256, f"package {package.name} {package.version} sha256", digest,
-            f"is not the pinned {package.sha256}; the registry has another file, correct the list")  # fmt: skip
-    files[0].rename(path)
-    shutil.rmtree(arriving)
-    return path
+    files = {
+        package: directory / f"{package.name}-{package.sha256[:16]}{SUFFIXES[package.registry]}" for package in packages
+    }
+    for registry in REGISTRIES:
+        arriving = directory / f"{registry}.arriving"
+        arriving.mkdir(parents=True, exist_ok=True)
+        _take_what_arrived(arriving, files)
+        missing = [package for package in packages if package.registry == registry and not files[package].exists()]
+        if missing:
+            if registry == "debian":
+                command = [*_apt_get(directory, package_list), "download", *(f"{p.name}={p.version}" for p in missing)]
+            else:
+                command = [*_pip(), "download", "--no-deps", "--ignore-requires-python", "--only-binary=:all:",
+                           "--quiet", *(f"{p.name}=={p.version}" for p in missing)]  # fmt: skip
+            _run(command, arriving, f"{len(missing)} packages of {registry}")
+            _take_what_arrived(arriving, files)
+        wrong = [f"{package.name} {package.version}" for package in missing if not files[package].exists()]
+        require(not wrong, f"packages of {registry}", wrong, f"have another sha256 than the list pins; {arriving} "
+                "holds what the registry gave; correct the list")  # fmt: skip
+    return files
+
+
+def _take_what_arrived(arriving: pathlib.Path, files: dict[Package, pathlib.Path]) -> None:
+    """Moves the files that have a pinned hash to their places."""
+    place = {package.sha256: path for package, path in files.items()}
+    for arrived in arriving.iterdir():
+        if arrived.suffix in SUFFIXES.values():
+            with arrived.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest in place:
+                arrived.rename(place[digest])
 
 
 def _apt_get(directory: pathlib.Path, package_list: PackageList) -> list[str]:
@@ -181,9 +192,7 @@ def _run(command: list[str], directory: pathlib.Path, what: str) -> None:
     result = subprocess.run(command, cwd=directory, capture_output=True, text=True, errors="replace")
     if result.returncode != 0:
         said = " ".join((result.stderr or result.stdout).split())[-500:]
-        raise ValueError(
-            f"{what}: {' '.join(command[-3:])} failed ({said}); check the network, or the version in the list"
-        )
+        raise ValueError(f"{what}: {command[0]} failed ({said}); check the network, or the versions in the list")
 
 
 def _write_recipe(directory: pathlib.Path, package_list: PackageList, results: list[Gathered]) -> None:
