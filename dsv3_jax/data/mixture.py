@@ -9,7 +9,6 @@ sources of the exact share. Inside blocks of 1024 windows the sources follow one
 import bisect
 import dataclasses
 import functools
-import hashlib
 import itertools
 import math
 import re
@@ -19,6 +18,7 @@ from fractions import Fraction
 import numpy as np
 
 from dsv3_jax.config import require
+from dsv3_jax.data.orders import random_order
 
 BLOCK_WINDOWS = 1024
 
@@ -155,24 +155,11 @@ class Mixture:
         counts_before = _quota(self._weights[phase], first)
         counts = _quota(self._weights[phase], first + length) - counts_before
         in_order = np.repeat(np.arange(len(counts)), counts)
-        sources = in_order[permutation(length, f"block {block} of phase {phase} {self._seed}")]
+        sources = in_order[random_order(length, f"block {block} of phase {phase} {self._seed}")]
         numbers = np.empty(length, np.int64)
         for source, before in enumerate(self._counts_at_start[phase] + counts_before):
             numbers[sources == source] = before + np.arange(counts[source])
         return sources, numbers
-
-
-def permutation(length: int, key: str) -> np.ndarray:
-    """Gives a random order of range(length) that depends on nothing but the key: int64 [length]."""
-    from grain.experimental import index_shuffle
-
-    seed = order_seed(key)
-    return np.array([index_shuffle(i, length - 1, seed, 4) for i in range(length)], np.int64)
-
-
-def order_seed(key: str) -> int:
-    """Spreads a key over 32 bits, so that neighbouring seeds, sources and blocks share no order."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
 
 
 def _quota(weights: tuple[int, ...], num_windows: int) -> np.ndarray:

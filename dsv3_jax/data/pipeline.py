@@ -7,6 +7,7 @@ neither threads nor read-ahead nor batch sizes nor the number of processes chang
 """
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from dsv3_jax.config import DataConfig, require
-from dsv3_jax.data.mixture import Mixture, order_seed, parse_mixture, recipe_mixture
+from dsv3_jax.data.mixture import Mixture, parse_mixture, recipe_mixture
+from dsv3_jax.data.orders import RandomOrder
 from dsv3_jax.data.prepared import Corpus, PreparedSource
-
-SHUFFLE_ROUNDS = 4
 
 
 class TrainBatches:
@@ -121,18 +121,17 @@ class SourceWindows:
     def __init__(self, source: PreparedSource, *, sequence_length: int, seed: int):
         self._tokens = source.tokens("train")
         self.sequence_length = sequence_length
-        self._seed = order_seed(f"order of windows of {source.name} {seed}")
         self.num_tokens = len(self._tokens)
         self.num_windows = max(0, (self.num_tokens - 1) // sequence_length)
         self.num_unused_tokens = max(0, self.num_tokens - 1 - self.num_windows * sequence_length)
 
+        key = f"order of windows of {source.name} {seed}"
+        self._order = functools.lru_cache(lambda epoch: RandomOrder(self.num_windows, f"{key} {epoch}"))
+
     def read(self, number: int, out_T: np.ndarray) -> None:
         """Copies a window of the stream into an array of T + 1 integers."""
-        from grain.experimental import index_shuffle
-
-        epoch, element = divmod(number, self.num_windows)
-        window = index_shuffle(element, self.num_windows - 1, (self._seed + epoch) % 2**32, SHUFFLE_ROUNDS)
-        start = window * self.sequence_length
+        epoch, place = divmod(number, self.num_windows)
+        start = self._order(epoch)[place] * self.sequence_length
         out_T[:] = self._tokens[start : start + self.sequence_length + 1]
 
 
