@@ -112,6 +112,11 @@ GROUPS = jnp.zeros(3, jnp.int32)
         ((rows_of(128, 128), WEIGHTS, GROUPS), {"alignment": 128}, "last dimensions"),
         ((rows_of(128), WEIGHTS, GROUPS), {"alignment": 128, "out_dtype": "int8"}, "out_dtype=int8"),
         ((rows_of(128), WEIGHTS, GROUPS), {"alignment": 128, "implementation": "pallas_gpu"}, "Hopper GPU.*cpu"),
+        (
+            (rows_of(128), formats.quantize_weight_blocks(jnp.zeros((3, 24, CONTRACTION))), GROUPS),
+            {"alignment": 128, "implementation": "pallas_gpu"},
+            r"\(3, 24, 144\): its last but one dimension must be",
+        ),
     ],
 )
 def test_bad_operands_of_the_product_are_named(operands, settings, words):
@@ -127,6 +132,7 @@ def test_bad_operands_of_the_product_are_named(operands, settings, words):
         ((rows_of(80, 200), rows_of(80, 200), GROUPS), {"alignment": 128}, "M=200"),
         ((rows_of(80, 256), rows_of(80, 256), GROUPS), {"alignment": 0}, "alignment=0"),
         ((rows_of(80, 256), rows_of(80, 256), GROUPS[:, None]), {"alignment": 128}, "group_sizes int32"),
+        ((rows_of(24, 256), rows_of(80, 256), GROUPS), {"alignment": 128, "implementation": "pallas_gpu"}, "24, 256"),
     ],
 )
 def test_bad_operands_of_the_weight_gradient_are_named(operands, settings, words):

@@ -41,7 +41,10 @@ def fp8_matmul(
     require_quantized(b, "b", ndim=2)
     require_same_contraction(a, b)
     require_out_dtype(out_dtype)
-    if not dispatch.runs_pallas(implementation, contraction_problem(a)):
+    problem = contraction_problem(a)
+    if not (a.codes.shape[0] and b.codes.shape[0]):
+        problem = f"an empty product of a {a.codes.shape} and b {b.codes.shape}"
+    if not dispatch.runs_pallas(implementation, problem):
         return reference.fp8_matmul(a, b, out_dtype=out_dtype)
     from dsv3_jax.kernels.fp8_matmul import pallas_gpu  # loads Mosaic: seconds that a CPU process can save
 
