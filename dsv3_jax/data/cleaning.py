@@ -36,25 +36,26 @@ class Unfit:
 def clean(text: str) -> str | Unfit:
     """Returns the text to train on, or the first rule that refuses it."""
     text = _LINE_ENDS.sub("\n", text) if "\r" in text else text
-    if "\0" in text:
-        return Unfit("control_characters")
-    cleaned, num_controls = _CONTROLS.subn("", text)
-    if num_controls > max(1, MAX_CONTROL_SHARE * len(text)):
-        return Unfit("control_characters")
-    for reason, refuses in _RULES.items():
-        if refuses(cleaned):
+    for reason, refuses in _RULES_FOR_RAW.items():
+        if refuses(text):
             return Unfit(reason)
-    return cleaned
+    text = _CONTROLS.sub("", text)
+    for reason, refuses in _RULES.items():
+        if refuses(text):
+            return Unfit(reason)
+    return text
+
+
+def _is_binary(text: str) -> bool:
+    return "\0" in text or _total_length(_CONTROLS, text) > max(1, MAX_CONTROL_SHARE * len(text))
+
+
+def _is_mojibake(text: str) -> bool:
+    return not text.isascii() and _total_length(_MOJIBAKE, text) > MAX_MOJIBAKE_SHARE * len(text)
 
 
 def _is_too_short(text: str) -> bool:
     return len(text) < 10 * MIN_CHARACTERS and _num_visible(text) < MIN_CHARACTERS
-
-
-def _is_mojibake(text: str) -> bool:
-    if text.isascii():
-        return False
-    return _total_length(_MOJIBAKE, text) > MAX_MOJIBAKE_SHARE * len(text)
 
 
 def _has_few_letters(text: str) -> bool:
@@ -82,9 +83,12 @@ def _total_length(pattern: re.Pattern, text: str) -> int:
     return sum(map(len, pattern.findall(text)))
 
 
+_RULES_FOR_RAW: dict[str, Callable[[str], bool]] = {
+    "mojibake": _is_mojibake,
+    "control_characters": _is_binary,
+}
 _RULES: dict[str, Callable[[str], bool]] = {
     "too_short": _is_too_short,
-    "mojibake": _is_mojibake,
     "few_letters": _has_few_letters,
     "long_words": _is_of_long_words,
     "repeated_lines": _repeats_its_lines,

@@ -30,7 +30,7 @@ def html_to_text(markup: str) -> str:
     reader.feed(markup)
     reader.close()
     text = "".join(reader.pieces)
-    return re.sub(r"\n\s*\n", "\n\n", text).strip() + "\n"
+    return re.sub(r"[ \t]*\n\s*\n", "\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip() + "\n"
 
 
 def decode(data: bytes) -> str | None:
@@ -82,5 +82,11 @@ class _Reader(html.parser.HTMLParser):
             self.pieces.append("\n")
 
     def handle_data(self, data):
-        if self._hidden_by is None:
-            self.pieces.append(data if self._num_preformatted else re.sub(r"\s+", " ", data))
+        if self._hidden_by is not None:
+            return
+        if not self._num_preformatted:
+            data = re.sub(r"\s+", " ", data)
+            if self.pieces and self.pieces[-1].endswith(("\n", " ")):
+                data = data.removeprefix(" ")
+        if data:
+            self.pieces.append(data)

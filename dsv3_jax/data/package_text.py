@@ -50,12 +50,17 @@ def write_text(
 ) -> Gathered:
     """Writes the text of a package to <directory>/<source>/<package>.jsonl, unless that is done.
 
+    The account of it, <directory>/licences/<package>.json, is written last, beside the texts of its licences.
+
     Raises:
       ValueError: the package gives no text, or a path's language has no source.
     """
     account = directory / "licences" / f"{package.name}-{package.sha256[:16]}.json"
+    described = json.loads(json.dumps(dataclasses.asdict(package)))
     if account.exists():
-        return Gathered(**json.loads(account.read_text("utf-8")) | {"package": package})
+        done = json.loads(account.read_text("utf-8"))
+        if done["package"] == described:
+            return Gathered(**done | {"package": package})
     files, documents, utf8_bytes, num_undecodable = {}, {}, {}, 0
     for path, data in _chosen_files(package, archive):
         text = _text_of(path, data)
@@ -83,7 +88,7 @@ def write_text(
     account.with_suffix(".txt").write_text(licence_text, "utf-8")
     gathered = Gathered(package, licence, documents, utf8_bytes, num_undecodable)
     arriving = account.with_suffix(".arriving")
-    arriving.write_text(json.dumps(dataclasses.asdict(gathered) | {"package": None}), "utf-8")
+    arriving.write_text(json.dumps(dataclasses.asdict(gathered)), "utf-8")
     arriving.replace(account)
     return gathered
 
@@ -151,7 +156,7 @@ def read_licence(package: Package, archive: pathlib.Path) -> tuple[str, str]:
             names += _licences_of_metadata(text)
         elif ".dist-info/" in path and any(fnmatch.fnmatchcase(name.upper(), pattern) for pattern in _LICENCE_FILES):
             texts.append(f"{path}\n\n{text}")
-    short = ", ".join(dict.fromkeys(name for name in names if len(name) <= 40))
+    short = ", ".join(dict.fromkeys(" ".join(name.split()) for name in names if len(name) <= 40))
     return short or f"as {package.name}", "\n\n".join(texts)
 
 

@@ -204,7 +204,9 @@ def _write_recipe(directory: pathlib.Path, package_list: PackageList, results: l
         if not parts:
             continue
         licences = dict.fromkeys(licence for part in parts for licence in part.licence.split(", "))
-        table = {"name": name, "paths": [name]} | {key: source[key] for key in ("weight", "kind", "language")}
+        table = {"name": name, "paths": [f"{name}/{part.package.name}.jsonl" for part in parts]} | {
+            key: source[key] for key in ("weight", "kind", "language")
+        }
         table["licence"] = ", ".join(licences) + "; texts in licences/"
         tables.append("[[source]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items()))
     _write_whole(directory / "recipe.toml", "\n".join(tables))
