@@ -2,16 +2,15 @@
 
 import pathlib
 import shlex
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from dsv3_jax.data import prepared
 
-matplotlib.use("Agg")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CARD = "DATA_CARD.md"
 PLOTS = {
@@ -90,7 +89,7 @@ def card_text(manifest: dict[str, Any], lengths: dict[str, np.ndarray]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def draw_shares(axes: Axes, sources: dict[str, dict]) -> None:
+def draw_shares(axes: "Axes", sources: dict[str, dict]) -> None:
     """Draws each source's share of bytes, of tokens and, by its weight, of training windows."""
     of_train = {name: account["splits"]["train"] for name, account in sources.items()}
     shares = {
@@ -106,7 +105,7 @@ def draw_shares(axes: Axes, sources: dict[str, dict]) -> None:
     axes.legend()
 
 
-def draw_lengths(axes: Axes, lengths: dict[str, np.ndarray]) -> None:
+def draw_lengths(axes: "Axes", lengths: dict[str, np.ndarray]) -> None:
     """Draws, for each source, the share of documents shorter than a number of tokens."""
     for name, of_source in lengths.items():
         if len(of_source):
@@ -119,7 +118,7 @@ def draw_lengths(axes: Axes, lengths: dict[str, np.ndarray]) -> None:
     axes.legend(fontsize="small", ncols=1 + len(lengths) // 12)
 
 
-def draw_bytes_per_token(axes: Axes, sources: dict[str, dict]) -> None:
+def draw_bytes_per_token(axes: "Axes", sources: dict[str, dict]) -> None:
     """Draws how many bytes of text a token stands for in each source: higher is better compressed."""
     values = [_bytes_per_token(account["splits"]["train"]) for account in sources.values()]
     axes.bar_label(axes.barh(np.arange(len(sources)), values), fmt="%.2f", padding=2)
@@ -128,15 +127,16 @@ def draw_bytes_per_token(axes: Axes, sources: dict[str, dict]) -> None:
     axes.margins(x=0.1)
 
 
-def draw_removed(axes: Axes, sources: dict[str, dict]) -> None:
+def draw_removed(axes: "Axes", sources: dict[str, dict]) -> None:
     """Draws the share of each source's documents that was left out, by reason."""
     lefts = np.zeros(len(sources))
     found = np.array([_num_found(account) for account in sources.values()])
-    colors = matplotlib.colormaps["tab20"]
     for number, reason in enumerate(_reasons(sources)):
         counts = np.array([_num_removed(account, reason) for account in sources.values()])
         shares = 100 * counts / np.maximum(found, 1)
-        axes.barh(np.arange(len(sources)), shares, left=lefts, label=reason.replace("_", " "), color=colors(number))
+        axes.barh(
+            np.arange(len(sources)), shares, left=lefts, label=reason.replace("_", " "), hatch="//" * (number // 10)
+        )  # colors repeat after ten
         lefts += shares
     _name_sources(axes, sources)
     axes.set_xlabel("documents left out, % of those found")
@@ -242,13 +242,15 @@ def _shares(values: list[float]) -> np.ndarray:
     return 100 * np.array(values) / max(sum(values), 1e-12)
 
 
-def _name_sources(axes: Axes, sources: dict[str, dict]) -> None:
+def _name_sources(axes: "Axes", sources: dict[str, dict]) -> None:
     axes.set_yticks(np.arange(len(sources)), list(sources))
     axes.invert_yaxis()
 
 
-def _write_plot(path: pathlib.Path, height: float, draw) -> None:
+def _write_plot(path: pathlib.Path, height: float, draw: Callable[["Axes"], None]) -> None:
     """Draws a figure 8 inches wide. Its bytes depend on the drawing alone."""
+    from matplotlib.figure import Figure  # takes a second, and the workers that load this module never draw
+
     figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(PLOTS[path.name])

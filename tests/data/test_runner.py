@@ -1,5 +1,6 @@
 """Runners give results in order, pass errors on, and end with the process that started them."""
 
+import importlib.util
 import os
 import pathlib
 import signal
@@ -103,4 +104,13 @@ def wait_until(condition) -> None:
 def test_runners_that_cannot_be_are_refused_by_name(arguments, message):
     arguments = {"name": "local", "num_workers": 1, "ray_address": ""} | arguments
     with pytest.raises(ValueError, match=message), open_runner(arguments.pop("name"), **arguments):
+        pass
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_a_missing_ray_names_its_extra():
+    with (
+        pytest.raises(ValueError, match=r"pip install 'dsv3-jax\[ray\]'"),
+        open_runner("ray", num_workers=1, ray_address=""),
+    ):
         pass
