@@ -11,7 +11,9 @@ import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import signal
+import socket
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Protocol
@@ -19,6 +21,7 @@ from typing import Any, Protocol
 from dsv3_jax.config import require
 
 RUNNERS = ("local", "ray")
+CONNECT_SECONDS = 10
 ITEMS_PER_WORKER = 2  # in flight: one that runs and one that waits
 
 
@@ -158,8 +161,11 @@ def _ray_cluster(num_workers: int, address: str) -> Iterator[RayRunner]:
         raise ValueError("runner='ray': Ray is not installed; pip install 'dsv3-jax[ray]'") from error
     start = {"address": address} if address else {"num_cpus": num_workers, "include_dashboard": False}
     try:
-        ray.init(log_to_driver=False, **start)
-    except ConnectionError as error:
+        if host_and_port := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):
+            # Ray itself tries for minutes.
+            socket.create_connection((host_and_port[1], int(host_and_port[2])), timeout=CONNECT_SECONDS).close()
+        ray.init(log_to_driver=False, logging_level="warning", **start)
+    except OSError as error:
         raise ValueError(f"ray_address={address!r}: no cluster answers ({error}); check the address") from error
     try:
         yield RayRunner(num_workers)
