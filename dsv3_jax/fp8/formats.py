@@ -116,8 +116,9 @@ def quantize_weight_blocks(weight_RK: jax.Array) -> QuantizedArray:
     # As integers, whose largest is NaN where there is one: XLA's maximum of floats sometimes loses it.
     magnitude_bits = jax.lax.bitcast_convert_type(jnp.abs(_split(_split(weight_RK, -1), -3)), jnp.int32)
     amax_rk = jax.lax.bitcast_convert_type(magnitude_bits.max(axis=(-3, -1)), jnp.float32)
-    scales_rk = _divide_exactly(jnp.where(amax_rk < MIN_AMAX, MIN_AMAX, amax_rk), E4M3_MAX)
-    codes_RK = jnp.clip(weight_RK / _spread_blocks(scales_rk, weight_RK.shape), -E4M3_MAX, E4M3_MAX).astype(E4M3)
+    scales_rk = _divide(jnp.where(amax_rk < MIN_AMAX, MIN_AMAX, amax_rk), E4M3_MAX)
+    quotients_RK = _divide(weight_RK, _spread_blocks(scales_rk, weight_RK.shape))
+    codes_RK = jnp.clip(quotients_RK, -E4M3_MAX, E4M3_MAX).astype(E4M3)
     unused = padded_blocks(weight_RK.shape[-1]) - scales_rk.shape[-1]
     return QuantizedArray(codes_RK, jnp.pad(scales_rk, _pad_widths(scales_rk.ndim, -1, unused)), "block")
 
@@ -150,19 +151,21 @@ def encode_e5m6(x_RK: jax.Array) -> E5M6Array:
     Args:
       x_RK: [..., R, K], any float dtype.
     """
-    tiles_RkI = _split(x_RK.astype(jnp.float32), -1)
-    scales_Rk, inverse_Rk = power_of_two_scales(_amax(tiles_RkI, -1), largest=E5M6_MAX, smallest=2.0**-20)
-    codes_RK = _join(_e5m6_codes(tiles_RkI * inverse_Rk[..., None]), -1, x_RK.shape[-1])
-    nibbles_RK = (codes_RK & 15).astype(jnp.uint8)
-    half = -(-x_RK.shape[-1] // 2)
-    upper_RJ = jnp.pad(nibbles_RK[..., half:], _pad_widths(x_RK.ndim, -1, 2 * half - x_RK.shape[-1]))
-    high_RK, low_RJ = (codes_RK >> 4).astype(jnp.uint8), nibbles_RK[..., :half] | upper_RJ << 4
-    return E5M6Array(high_RK, low_RJ, jnp.swapaxes(scales_Rk, -1, -2))
+    x_RK = x_RK.astype(jnp.float32)
+    columns = x_RK.shape[-1]
+    half = -(-columns // 2)
+    scales_Rk, inverses_Rk = power_of_two_scales(_amax(_split(x_RK, -1), -1), largest=E5M6_MAX, smallest=2.0**-20)
+    scaled_RK = x_RK * jnp.repeat(inverses_Rk, TILE, axis=-1)[..., :columns]
+    # Codes are made for each plane anew: on a GPU that is cheaper than to keep them in memory between the two.
+    high_RK = _e5m6_codes(scaled_RK) >> 4
+    low_RJ, upper_RJ = (_e5m6_codes(scaled_RK[..., part]) & 15 for part in (slice(half), slice(half, columns)))
+    low_RJ |= jnp.pad(upper_RJ, _pad_widths(x_RK.ndim, -1, 2 * half - columns)) << 4
+    return E5M6Array(high_RK.astype(jnp.uint8), low_RJ.astype(jnp.uint8), jnp.swapaxes(scales_Rk, -1, -2))
 
 
 @jax.jit
 def decode_e5m6(encoded: E5M6Array) -> jax.Array:
-    """Returns the values, float32 [..., R, K]."""
+    """Returns the values, float32 [..., R, K]; bfloat16 holds them exactly."""
     nibbles_RK = jnp.concatenate([encoded.low & 15, encoded.low >> 4], axis=-1)[..., : encoded.high.shape[-1]]
     # E5M6 is the upper 12 bits of a float16.
     bits_RK = encoded.high.astype(jnp.uint16) << 8 | nibbles_RK.astype(jnp.uint16) << 4
@@ -246,8 +249,9 @@ def _quantize_tiles(tiles: jax.Array, dim: int, scale_format: str) -> tuple[jax.
     if scale_format == "power_of_two":
         scales, inverses = power_of_two_scales(amax)
         return (tiles * jnp.expand_dims(inverses, dim)).astype(E4M3), scales
-    scales = _divide_exactly(jnp.maximum(amax, MIN_AMAX), E4M3_MAX)
-    return jnp.clip(tiles / jnp.expand_dims(scales, dim), -E4M3_MAX, E4M3_MAX).astype(E4M3), scales
+    scales = _divide(jnp.maximum(amax, MIN_AMAX), E4M3_MAX)
+    quotients = _divide(tiles, jnp.expand_dims(scales, dim))
+    return jnp.clip(quotients, -E4M3_MAX, E4M3_MAX).astype(E4M3), scales
 
 
 def _amax(tiles: jax.Array, dim: int) -> jax.Array:
@@ -255,13 +259,26 @@ def _amax(tiles: jax.Array, dim: int) -> jax.Array:
     return jnp.where(jnp.isnan(tiles), 0.0, jnp.abs(tiles)).max(axis=dim)
 
 
-def _divide_exactly(x: jax.Array, constant: float) -> jax.Array:
-    # XLA turns a division by one number into a product with its rounded reciprocal, which is another result.
-    return x / jax.lax.optimization_barrier(jnp.full_like(x, constant))
+def _divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
+    """Divides float32 with correct rounding: XLA's own is 2 units off on GPUs, and a product with 1 / y for a scalar y.
+
+    The remainder is exact: halves of 12 bits have exact products.
+    """
+    y = jnp.asarray(y, jnp.float32)
+    quotient = x / y
+    quotient_high, y_high = _upper_half(quotient), _upper_half(y)
+    quotient_low, y_low = quotient - quotient_high, y - y_high
+    remainder = x - quotient_high * y_high - quotient_high * y_low - quotient_low * y_high - quotient_low * y_low
+    return jnp.where(remainder == 0, quotient, quotient + remainder / y)  # the quotient may be -0
+
+
+def _upper_half(x: jax.Array) -> jax.Array:
+    """Returns float32 cut to its 12 leading bits."""
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & ~0xFFF, jnp.float32)
 
 
 def _e5m6_codes(x: jax.Array) -> jax.Array:
-    """Rounds float32 of at most 65024 to E5M6 codes, uint16, in integers: nearest even without double rounding."""
+    """Rounds float32 of at most 65024 to E5M6 codes, uint32, in integers: nearest even without double rounding."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     magnitude_bits = bits & 0x7FFFFFFF
     dropped = _FLOAT32_MANTISSA_BITS - 6
@@ -270,7 +287,7 @@ def _e5m6_codes(x: jax.Array) -> jax.Array:
     # Subnormals are multiples of 2^-20, the spacing of float32 from 8 to 16: adding 8 rounds to them.
     subnormal = jax.lax.bitcast_convert_type(jnp.abs(x) + 8.0, jnp.uint32) - int(np.float32(8).view(np.uint32))
     code = jnp.where(jnp.abs(x) < 2.0**-14, subnormal, normal)
-    return (jnp.where(jnp.isnan(x), 0x7FF, code) | bits >> 31 << 11).astype(jnp.uint16)
+    return jnp.where(jnp.isnan(x), 0x7FF, code) | bits >> 31 << 11
 
 
 def _scale_rows(values_RK: jax.Array, scales_kR: jax.Array) -> jax.Array:
