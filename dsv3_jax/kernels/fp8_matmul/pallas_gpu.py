@@ -1,4 +1,8 @@
-"""Dense products of block-scaled FP8 operands on Hopper GPUs, by the pipeline of `pipeline.py`."""
+"""Dense products of block-scaled FP8 operands on Hopper GPUs: many rows on `pipeline.py`, few on `few_rows.py`.
+
+TMA reads and writes arrays in whole tiles of 8 rows and 128 bytes. Operands of other shapes are padded with zeros
+first; no array of the published network needs it but the gradients of the 576 latent channels.
+"""
 
 import dataclasses
 from typing import Any
@@ -8,47 +12,69 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax.fp8.formats import QuantizedArray, num_tiles
+from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
 from dsv3_jax.kernels.fp8_matmul import tuned
+from dsv3_jax.kernels.fp8_matmul.few_rows import MAX_ROWS, few_rows_matmul
 from dsv3_jax.kernels.fp8_matmul.pipeline import Work, scaled_matmul
 
-SCALE_ROWS_MULTIPLE = 4  # TMA: lines of row scales start at multiples of 16 bytes
-OUT_COLUMNS_MULTIPLE = 8  # TMA: rows of the output start at multiples of 16 bytes
+ROWS_MULTIPLE = 8
+ROW_BYTES = 128  # of the codes and of the output
 
 
 def fp8_matmul(
-    a: QuantizedArray, b: QuantizedArray, *, out_dtype: Any = jnp.bfloat16, tile: tuned.Tile | None = None
+    a: QuantizedArray,
+    b: QuantizedArray,
+    *,
+    out_dtype: Any = jnp.bfloat16,
+    tile: tuned.Tile | tuned.FewRowsTile | None = None,
 ) -> jax.Array:
     """Multiplies row-quantized a [R, K] with the transpose of b [C, K], block- or row-quantized; returns [R, C].
 
     Args:
-      tile: shape of the work of one thread block; None takes the tuned one.
+      tile: shape of the work of one thread block, and thereby which kernel runs; None takes the tuned one.
     """
+    num_rows, num_columns = a.codes.shape[0], b.codes.shape[0]
+    a, b = with_whole_tiles(a), with_whole_tiles(b)
     if tile is None:
-        tile = tuned.fp8_matmul(out_dtype)
-    rows, contraction = a.codes.shape
-    columns = b.codes.shape[0]
-    padded_columns = -(-columns // OUT_COLUMNS_MULTIPLE) * OUT_COLUMNS_MULTIPLE
-    row_tiles, column_tiles = pl.cdiv(rows, tile.rows), pl.cdiv(columns, tile.columns)
+        has_few_rows = num_rows <= MAX_ROWS and b.tile == "block"
+        tile = tuned.few_rows(num_rows, *b.codes.shape) if has_few_rows else tuned.fp8_matmul(out_dtype)
+    out_type = jax.ShapeDtypeStruct((len(a.codes), whole_columns(num_columns, out_dtype)), out_dtype)
+    if isinstance(tile, tuned.FewRowsTile):
+        out = few_rows_matmul(a, b, out_type=out_type, tile=tile)
+    else:
+        out = _many_rows_matmul(a, b, out_type=out_type, tile=tile)
+    return out if out.shape == (num_rows, num_columns) else out[:num_rows, :num_columns]
+
+
+def _many_rows_matmul(
+    a: QuantizedArray, b: QuantizedArray, *, out_type: jax.ShapeDtypeStruct, tile: tuned.Tile
+) -> jax.Array:
+    (num_rows, contraction), num_columns = a.codes.shape, len(b.codes)
+    row_tiles, column_tiles = pl.cdiv(num_rows, tile.rows), pl.cdiv(num_columns, tile.columns)
 
     def work_at(_, index):
         row, column = plgpu.planar_snake(index, (row_tiles, column_tiles), 1, tile.raster_rows)
-        return Work(0, row * tile.rows, rows, column * tile.columns, 0, num_tiles(contraction))
+        return Work(0, row * tile.rows, num_rows, column * tile.columns, 0, num_tiles(contraction))
 
-    out = scaled_matmul(
-        with_aligned_scales(a),
-        with_aligned_scales(b),
-        out_type=jax.ShapeDtypeStruct((rows, padded_columns), out_dtype),
-        tile=tile,
-        num_work=lambda _: row_tiles * column_tiles,
-        work_at=work_at,
-    )
-    return out if padded_columns == columns else out[:, :columns]
+    num_work = row_tiles * column_tiles
+    return scaled_matmul(a, b, out_type=out_type, tile=tile, num_work=lambda _: num_work, work_at=work_at)
 
 
-def with_aligned_scales(quantized: QuantizedArray) -> QuantizedArray:
-    """Pads the lines of row scales to whole 16 bytes, which TMA needs; block scales have them already."""
-    missing = -quantized.scales.shape[-1] % SCALE_ROWS_MULTIPLE
-    if not missing:
+def with_whole_tiles(quantized: QuantizedArray) -> QuantizedArray:
+    """Pads with zeros to what TMA reads: whole tiles of codes, and row scales in lines of whole 16 bytes."""
+    rows, contraction = quantized.codes.shape[-2:]
+    more_rows, more_contraction = -rows % ROWS_MULTIPLE, -contraction % TILE
+    if not more_rows and not more_contraction:
         return quantized
-    return dataclasses.replace(quantized, scales=jnp.pad(quantized.scales, ((0, 0), (0, missing))))
+    leading = ((0, 0),) * (quantized.codes.ndim - 2)
+    codes = jnp.pad(quantized.codes, (*leading, (0, more_rows), (0, more_contraction)))
+    scales = quantized.scales
+    if quantized.tile == "row":
+        scales = jnp.pad(scales, (*leading, (0, 0), (0, more_rows)))
+    return dataclasses.replace(quantized, codes=codes, scales=scales)
+
+
+def whole_columns(columns: int, out_dtype: Any) -> int:
+    """Returns the columns of an output of this type that TMA can write."""
+    multiple = ROW_BYTES // jnp.dtype(out_dtype).itemsize
+    return -(-columns // multiple) * multiple

@@ -213,14 +213,14 @@ def scaled_matmul(
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=(
-            plgpu.SMEM((stages, rows, TILE), codes_dtype, transforms=_swizzled(codes_dtype, TILE)),
-            plgpu.SMEM((stages, columns, TILE), codes_dtype, transforms=_swizzled(codes_dtype, TILE)),
+            plgpu.SMEM((stages, rows, TILE), codes_dtype, transforms=swizzled(codes_dtype, TILE)),
+            plgpu.SMEM((stages, columns, TILE), codes_dtype, transforms=swizzled(codes_dtype, TILE)),
             plgpu.SMEM((stages, rows), jnp.float32),
             plgpu.SMEM(b_scales_shape, jnp.float32),
             plgpu.SMEM(
                 (warpgroups, slots, WARPGROUP_ROWS, tile.store_columns),
                 out_type.dtype,
-                transforms=_swizzled(out_type.dtype, tile.store_columns),
+                transforms=swizzled(out_type.dtype, tile.store_columns),
             ),
             plgpu.Barrier(num_barriers=stages, num_arrivals=3 if is_blockwise else 4),
             plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
@@ -239,7 +239,7 @@ def _consumer_registers(warpgroups: int) -> int:
     return min(240, (at_launch * (warpgroups + 1) - PRODUCER_REGISTERS) // warpgroups // 8 * 8)
 
 
-def _swizzled(dtype: Any, minor: int) -> tuple[Any, Any]:
+def swizzled(dtype: Any, minor: int) -> tuple[Any, Any]:
     """Returns the shared-memory layout that TMA writes and wgmma reads without bank conflicts."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(minor * itemsize * 8)

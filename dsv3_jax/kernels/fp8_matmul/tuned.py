@@ -26,6 +26,17 @@ class Tile:
         return 64 * self.warpgroups
 
 
+@dataclasses.dataclass(frozen=True)
+class FewRowsTile:
+    """The work of one thread block of a product with few rows: all rows of some columns."""
+
+    columns: int  # divides the 128 that share a scale of the weights
+    warpgroups: int = 2  # each takes every so many-th step of the contraction
+    stages: int = 8  # 128-deep steps in shared memory at one time, a multiple of the warpgroups
+    cluster: int = 1  # thread blocks that share each load of the rows
+    fence: bool = False  # a proxy fence before a stage is given back
+
+
 def fp8_matmul(out_dtype: Any) -> Tile:
     """Returns the tile for a dense product of this output type."""
     return Tile() if jnp.dtype(out_dtype).itemsize == 2 else Tile(store_columns=32, store_slots=2)
@@ -39,3 +50,11 @@ def grouped_fp8_matmul(out_dtype: Any) -> Tile:
 def fp8_weight_gradient(out_dtype: Any) -> Tile:
     """Returns the tile for a grouped weight gradient of this type."""
     return fp8_matmul(out_dtype)
+
+
+def few_rows(num_rows: int, columns: int, contraction: int) -> FewRowsTile:
+    """Returns the tile for at most 128 rows times the transpose of [columns, contraction] weights."""
+    narrow = columns < 64 * NUM_SMS and contraction >= 4096
+    if narrow:
+        return FewRowsTile(columns=32 if columns >= 4096 else 16, warpgroups=4, stages=8)
+    return FewRowsTile(columns=64, warpgroups=2, stages=4)

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
 from dsv3_jax.kernels.fp8_matmul import tuned
+from dsv3_jax.kernels.fp8_matmul.pallas_gpu import whole_columns, with_whole_tiles
 from dsv3_jax.kernels.fp8_matmul.pipeline import Work, scaled_matmul
 
 
@@ -48,15 +49,16 @@ def grouped_fp8_matmul(
             group_ref[row], first_row_ref[row], row_end_ref[row], column * tile.columns, 0, num_tiles(contraction)
         )
 
-    return scaled_matmul(
-        a,
-        b,
+    out = scaled_matmul(
+        with_whole_tiles(a),
+        with_whole_tiles(b),
         tables,
-        out_type=jax.ShapeDtypeStruct((num_rows, columns), out_dtype),
+        out_type=jax.ShapeDtypeStruct((num_rows, whole_columns(columns, out_dtype)), out_dtype),
         tile=tile,
         num_work=lambda table_refs: table_refs[3][0] * column_tiles,
         work_at=work_at,
     )
+    return out if out.shape[1] == columns else out[:, :columns]
 
 
 def grouped_fp8_weight_gradient(
@@ -88,15 +90,17 @@ def grouped_fp8_weight_gradient(
         row, column = plgpu.planar_snake(in_group, (row_tiles, column_tiles), 1, tile.raster_rows)
         return Work(group, row * tile.rows, rows, column * tile.columns, first_step_ref[group], steps_ref[group])
 
-    return scaled_matmul(
+    a, b = with_whole_tiles(a), with_whole_tiles(b)
+    out = scaled_matmul(
         a,
         b,
         (steps_E, first_step_E),
-        out_type=jax.ShapeDtypeStruct((num_groups, rows, columns), out_dtype),
+        out_type=jax.ShapeDtypeStruct((num_groups, len(a.codes), whole_columns(columns, out_dtype)), out_dtype),
         tile=tile,
         num_work=lambda _: num_groups * row_tiles * column_tiles,
         work_at=work_at,
     )
+    return out if out.shape[1:] == (rows, columns) else out[:, :rows, :columns]
 
 
 def _row_tiles(live_E: jax.Array, tile_rows: int, *, max_tiles: int) -> tuple[jax.Array, ...]:
