@@ -33,12 +33,13 @@ def test_good_text_passes_unchanged(kind):
 
 def test_line_ends_marks_and_stray_controls_are_taken_out():
     assert clean("\ufeff" + PROSE.replace("\n", "\r\n") + "old\rmac\n") == PROSE + "old\nmac\n"
+    assert clean("\x1b[32;1m" + PROSE + "\x1b[m") == PROSE
     assert clean(PROSE + "a stray \x07 bell\n") == PROSE + "a stray  bell\n"
 
 
 RNG = np.random.default_rng(0)
 BAD = {
-    "control_characters": [PROSE + "\0", "".join(f"\x1b[1m{word}\x1b[0m " for word in PROSE.split())],
+    "control_characters": [PROSE + "\0", "".join(f"{word}\x08\x08__ " for word in PROSE.split())],
     "too_short": ["", "x = 1\n", "a b c d e f g h i\n"],
     "mojibake": [
         ("Zwölf Boxkämpfer jagen Viktor über den großen Deich. " * 3).encode().decode("latin-1"),
