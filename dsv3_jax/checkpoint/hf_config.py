@@ -54,7 +54,10 @@ _DEFAULTS = {
     "num_nextn_predict_layers": 0,
     "rms_norm_eps": 1e-6,
 }
-_OURS = ("rope_theta", "rope_scaling", "precision", "remat_policy")
+_OURS = (
+    "rope_theta", "rope_scaling", "precision", "remat_policy", "fp8_input_cache", "fp8_attention_cache",
+    "fp8_swiglu_cache",
+)  # fmt: skip
 _PUBLISHED_FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in _OURS)
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 _QUANTIZATION = {

@@ -29,13 +29,15 @@ CHECKPOINTS = "checkpoints"
 WEIGHT_ITEMS = {"params", "ema"}
 BLOCK_BYTES = 2**28  # largest block of a weight on disk
 
-# A run stays the same run when these change: where and how long it runs, what it shows, when it stops itself.
+# A run stays the same run when these change: where and how long it runs, what it shows, when it stops itself, and the
+# precision that its float32 parameters are multiplied in.
 # Everything else decides which numbers are trained.
 FREE_SETTINGS = (
-    "mesh.", "data.corpus", "data.prefetch_windows", "data.reader_threads", "model.remat_policy", "train.num_steps",
-    "train.microbatch_size", "train.loss_chunk_tokens", "train.spike_factor", "train.max_bad_steps",
-    "train.log_every_steps", "train.eval_every_steps", "train.eval_sequences", "train.checkpoint_every_steps",
-    "train.checkpoints_to_keep", "train.checkpoint_keep_every_steps", "train.peak_tflops",
+    "mesh.", "data.corpus", "data.prefetch_windows", "data.reader_threads", "model.precision", "model.fp8_",
+    "model.remat_policy", "train.num_steps", "train.microbatch_size", "train.loss_chunk_tokens",
+    "train.spike_factor", "train.max_bad_steps", "train.log_every_steps", "train.eval_every_steps",
+    "train.eval_sequences", "train.checkpoint_every_steps", "train.checkpoints_to_keep",
+    "train.checkpoint_keep_every_steps", "train.peak_tflops",
 )  # fmt: skip
 
 

@@ -100,7 +100,8 @@ def test_another_run_is_refused_by_name_and_both_values(config, tmp_path, change
 def test_where_and_how_long_a_run_goes_may_change(config, tmp_path):
     save(tmp_path, config, [1])
     changes = {"train.num_steps": 9, "mesh.replica": 2, "data.corpus": "moved", "train.microbatch_size": 64,
-               "model.remat_policy": "full", "train.peak_tflops": 989.0}  # fmt: skip
+               "model.remat_policy": "full", "model.precision": "bf16",
+               "model.fp8_attention_cache": "bf16", "train.peak_tflops": 989.0}  # fmt: skip
     require_same_run(tmp_path, override(config, changes))
 
 
