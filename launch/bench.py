@@ -1,11 +1,12 @@
 """Measures kernels, training steps, decoding and the accuracy of FP8 sums, beside a peer in the same run.
 
-  python launch/bench.py --suite=train_step --peer=transformers
-  python launch/bench.py --suite=grouped_matmul --peer=torch --json=grouped_matmul.json
+  python launch/bench.py --suite=fp8_matmul --suite=fp8_decode --peer=all --json=products.json
+  python launch/bench.py --suite=train_step --peer=transformers --precision=fp8,bf16
+  python launch/bench.py --suite=all --peer=all --json=all.json
 
-On CPU the whole-step suites run a 108M network; on a GPU three layers at DeepSeek-V3's width, which needs 110 GB.
-The kernel suites need a Hopper GPU; accumulation runs everywhere, and measures its kernels on one. The peers need the
-`parity` extra.
+The kernel suites need a Hopper GPU. On CPU the whole-step suites run a 108M network; on a GPU three layers at
+DeepSeek-V3's width, which needs 110 GB. accumulation runs everywhere, and measures its kernels on a GPU. "all" is every
+suite but decode, about 6 minutes on an H200. The peers need the `parity` extra.
 """
 
 import os
@@ -15,12 +16,15 @@ from absl import flags
 from dsv3_jax import config_flags
 
 PEERS = {
-    "grouped_matmul": "torch", "attention": "torch", "accumulation": "torch", "train_step": "transformers",
-    "decode": "transformers",
+    "fp8_matmul": "torch", "fp8_decode": "torch", "fp8_weight_gradient": "torch", "fp8_grouped": "torch",
+    "block_quantize": "torch", "grouped_matmul": "torch", "attention": "torch", "accumulation": "torch",
+    "train_step": "transformers", "decode": "transformers",
 }  # fmt: skip
-SUITE = flags.DEFINE_enum("suite", None, list(PEERS), "what is measured", required=True)
-PEER = flags.DEFINE_enum("peer", "none", ["torch", "transformers", "none"], "what is measured beside it")
+ALL = [suite for suite in PEERS if suite != "decode"]
+SUITES = flags.DEFINE_multi_enum("suite", None, [*PEERS, "all"], "what is measured; may be repeated", required=True)
+PEER = flags.DEFINE_enum("peer", "none", ["torch", "transformers", "all", "none"], "what is measured beside it")
 WORKLOAD = flags.DEFINE_enum("workload", None, ["small", "slice"], "network of a whole step; not given: by device")
+PRECISIONS = flags.DEFINE_list("precision", None, "precisions of our training steps; not given: the workload's own")
 JSON = flags.DEFINE_string("json", None, "file that gets the results with the hardware and the versions")
 
 
@@ -28,28 +32,51 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs the GPU's memory too
     import jax
 
-    from dsv3_jax.benchmarks import accumulation, kernels, report, whole_steps
+    from dsv3_jax.benchmarks import report
 
-    suite, platform = SUITE.value, jax.default_backend()
-    if PEER.value not in ("none", PEERS[suite]):
-        raise ValueError(f"--peer={PEER.value}: the peer of --suite={suite} is {PEERS[suite]}")
-    peer = None if PEER.value == "none" else PEER.value
+    suites = list(dict.fromkeys(name for suite in SUITES.value for name in (ALL if suite == "all" else [suite])))
+    for suite in suites:
+        if PEER.value not in ("none", "all", PEERS[suite]):
+            raise ValueError(f"--peer={PEER.value}: the peer of --suite={suite} is {PEERS[suite]}; use it or all")
+    measured = {}
+    for suite in suites:
+        measured[suite] = rows = measure(suite, with_peer=PEER.value != "none")
+        report.show(f"{suite} on {jax.devices()[0].device_kind}", rows)
+        if JSON.value:  # after every suite: a later one may fail
+            report.save(JSON.value, measured)
+
+
+def measure(suite: str, *, with_peer: bool) -> list[dict]:
+    """Returns the rows of one suite.
+
+    Raises:
+      ValueError: the suite cannot run on this machine.
+    """
+    import jax
+
+    from dsv3_jax.benchmarks import accumulation, fp8_products, kernels, quantizers, whole_steps
+    from dsv3_jax.kernels import device
+
+    of_kernels = {
+        "fp8_matmul": fp8_products.product_rows, "fp8_decode": fp8_products.decode_rows,
+        "fp8_weight_gradient": fp8_products.weight_gradient_rows, "fp8_grouped": fp8_products.grouped_rows,
+        "block_quantize": quantizers.quantizer_rows, "grouped_matmul": kernels.grouped_matmul_rows,
+        "attention": kernels.attention_rows,
+    }  # fmt: skip
+    platform = jax.default_backend()
+    if suite in of_kernels:
+        if not device.is_hopper():
+            raise ValueError(f"--suite={suite}: needs a Hopper GPU, and JAX found {jax.devices()[0].device_kind}")
+        return of_kernels[suite](with_torch=with_peer)
+    if suite == "accumulation":
+        if with_peer and platform != "gpu":
+            raise ValueError("--suite=accumulation: torch's FP8 product needs a GPU; use --peer=none")
+        return accumulation.error_rows(with_torch=with_peer)
     workload = WORKLOAD.value or ("slice" if platform == "gpu" else "small")
-    if suite in ("grouped_matmul", "attention"):
-        if platform != "gpu":
-            raise ValueError(f"--suite={suite}: needs a Hopper GPU, and JAX found only {platform}")
-        measure = kernels.grouped_matmul_rows if suite == "grouped_matmul" else kernels.attention_rows
-        rows = measure(with_torch=peer is not None)
-    elif suite == "accumulation":
-        if peer is not None and platform != "gpu":
-            raise ValueError("--suite=accumulation --peer=torch: torch's FP8 product needs a GPU; use --peer=none")
-        rows = accumulation.error_rows(with_torch=peer is not None)
-    else:
-        measure = whole_steps.train_step_rows if suite == "train_step" else whole_steps.decode_rows
-        rows = measure(workload, peer=peer)
-    report.show(f"{suite} on {jax.devices()[0].device_kind}", rows)
-    if JSON.value:
-        report.save(JSON.value, suite, rows)
+    peer = PEERS[suite] if with_peer else None
+    if suite == "decode":
+        return whole_steps.decode_rows(workload, peer=peer)
+    return whole_steps.train_step_rows(workload, peer=peer, precisions=PRECISIONS.value)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def main() -> None:
 
     from dsv3_jax.benchmarks import report
     from dsv3_jax.benchmarks.kernels import draw_grouped, jax_contender
-    from dsv3_jax.benchmarks.timing import interleaved_medians
+    from dsv3_jax.benchmarks.timing import burst_medians
     from dsv3_jax.kernels import device
     from dsv3_jax.kernels.grouped_matmul import pallas_gpu, tuned
 
@@ -56,7 +56,7 @@ def main() -> None:
         contenders = {
             text: jax_contender(functools.partial(multiply, tile=tile), *operands) for text, tile in tiles.items()
         }
-        seconds = interleaved_medians(contenders)
+        seconds = burst_medians(contenders)
         rows += [
             {"case": name, "implementation": text, "ms": value * 1e3, "TFLOP/s": flops / value / 1e12}
             for text, value in sorted(seconds.items(), key=lambda item: item[1])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.benchmarks.report import Row
-from dsv3_jax.benchmarks.timing import Contender, interleaved_medians
+from dsv3_jax.benchmarks.timing import Contender, burst_medians
 from dsv3_jax.kernels import attention, grouped_matmul
 
 PEAK_FLOPS = 989e12  # dense BF16 of an H100 SXM or H200, per second (data sheet)
@@ -26,7 +26,7 @@ def grouped_matmul_rows(*, with_torch: bool) -> list[Row]:
         for pass_name in contenders["pallas_gpu"]:
             case = f"{num_groups} x {group_rows} rows, {contraction} -> {columns}, {pass_name}"
             passes = {name: by_pass[pass_name] for name, by_pass in contenders.items() if pass_name in by_pass}
-            rows += _rows(case, flops, interleaved_medians(passes), peer="torch")
+            rows += _rows(case, flops, burst_medians(passes), peer="torch")
     return rows
 
 
@@ -43,7 +43,7 @@ def attention_rows(*, with_torch: bool) -> list[Row]:
     rows = []
     for pass_name, flops in (("forward", forward_flops), ("forward + backward", forward_flops + backward_flops)):
         passes = {name: by_pass[pass_name] for name, by_pass in contenders.items()}
-        rows += _rows(f"attention {pass_name}", flops, interleaved_medians(passes), peer="torch")
+        rows += _rows(f"attention {pass_name}", flops, burst_medians(passes), peer="torch")
     return rows
 
 

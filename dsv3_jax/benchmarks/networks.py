@@ -12,6 +12,7 @@ class Workload:
     model: ModelConfig
     batch_size: int  # sequences
     sequence_length: int  # tokens
+    precisions: tuple[str, ...]  # what our training steps are measured in
 
     @property
     def tokens(self) -> int:
@@ -35,6 +36,7 @@ SMALL = Workload(
     ),
     batch_size=8,
     sequence_length=512,
+    precisions=("fp32",),
 )  # fmt: skip
 
 # Three layers of the 671B network at full width with an eighth of its experts and vocabulary, for one 141 GB GPU.
@@ -45,6 +47,7 @@ SLICE = Workload(
     ),
     batch_size=2,
     sequence_length=4096,
+    precisions=("fp8", "bf16"),
 )  # fmt: skip
 
 WORKLOADS = {"small": SMALL, "slice": SLICE}

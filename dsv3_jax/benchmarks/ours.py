@@ -1,4 +1,4 @@
-"""Measures this project on one workload: `python -m dsv3_jax.benchmarks.ours train_step|decode small|slice`.
+"""Measures this project: `python -m dsv3_jax.benchmarks.ours train_step WORKLOAD PRECISION`, or `decode WORKLOAD`.
 
 A process of its own, so that its peak memory is its own; the last line on stdout is the result as JSON.
 """
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from dsv3_jax.benchmarks.networks import DECODE_BATCHES, NEW_TOKENS, PROMPT_LENGTH, WORKLOADS, Workload
+from dsv3_jax.config import override
 from dsv3_jax.model import cast_params, init_params
 from dsv3_jax.serve.engine import generate_tokens
 from dsv3_jax.sharding.mesh import make_mesh
@@ -23,9 +24,9 @@ from dsv3_jax.train.step import make_train_step, split_batch
 WARMUP_STEPS, STEPS = 1, 5
 
 
-def train_step(workload: Workload) -> list[dict]:
+def train_step(workload: Workload, precision: str) -> list[dict]:
     """Times optimizer steps on random tokens, data on the device waited for."""
-    config = workload.run_config
+    config = override(workload.run_config, {"model.precision": precision})
     mesh = make_mesh(config.mesh)
     settings = schedule.at(config.train, step=0, tokens=0)
     rng = np.random.default_rng(0)
@@ -77,5 +78,5 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    suite, workload_name = sys.argv[1:]
-    print(json.dumps({"train_step": train_step, "decode": decode}[suite](WORKLOADS[workload_name])))
+    suite, workload_name, *precision = sys.argv[1:]
+    print(json.dumps({"train_step": train_step, "decode": decode}[suite](WORKLOADS[workload_name], *precision)))

@@ -13,7 +13,7 @@ import rich.table
 PACKAGES = ("dsv3-jax", "jax", "jaxlib", "flax", "torch", "transformers", "triton")
 
 Row = dict[str, str | float | int | None]
-TABLE_WIDTH = 120  # columns; narrower, figures would be cut off
+TABLE_WIDTH = 160  # columns; narrower, figures would be cut off
 
 
 def show(title: str, rows: list[Row]) -> None:
@@ -29,10 +29,10 @@ def show(title: str, rows: list[Row]) -> None:
     console.print(table)
 
 
-def save(path: str, suite: str, rows: list[Row]) -> None:
-    """Writes rows with the hardware and the versions they were measured with."""
-    record = {"suite": suite, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-              "environment": environment(), "rows": rows}  # fmt: skip
+def save(path: str, suites: dict[str, list[Row]]) -> None:
+    """Writes the rows of each suite with the hardware and the versions they were measured with."""
+    record = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+              "environment": environment(), "suites": suites}  # fmt: skip
     pathlib.Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from dsv3_jax.benchmarks.networks import WORKLOADS
 from dsv3_jax.benchmarks.report import Row
@@ -12,22 +13,36 @@ from dsv3_jax.train.flops import train_flops_per_token
 MODULES = {"dsv3_jax": "dsv3_jax.benchmarks.ours", "transformers": "dsv3_jax.benchmarks.transformers_peer"}
 
 
-def train_step_rows(workload_name: str, *, peer: str | None) -> list[Row]:
-    """Measures optimizer steps; both sides are credited with the same floating-point operations per token."""
+def train_step_rows(workload_name: str, *, peer: str | None, precisions: Sequence[str] | None) -> list[Row]:
+    """Measures optimizer steps; all sides are credited with the same floating-point operations per token.
+
+    Args:
+      workload_name: of `networks.WORKLOADS`.
+      peer: what is measured beside ours, in BF16 or float32.
+      precisions: of our steps, a row each, the first also compared with the others; None for the workload's own.
+    """
     workload = WORKLOADS[workload_name]
+    precisions = workload.precisions if precisions is None else precisions
     flops = workload.tokens * train_flops_per_token(workload.model, sequence_length=workload.sequence_length)
-    measured = {name: _measure(name, "train_step", workload_name)[0] for name in _names(peer)}
-    return [
-        {"case": f"train_step {workload_name}", "implementation": name, "s per step": result["step_s"],
-         "tokens/s": workload.tokens / result["step_s"], "TFLOP/s": flops / result["step_s"] / 1e12,
-         "peak GB": result["peak_gb"], "speed-up": _ratio(measured, peer, "step_s", name), "loss": result["loss"]}
-        for name, result in measured.items()
-    ]  # fmt: skip
+    measured = {f"dsv3_jax {name}": _measure("dsv3_jax", "train_step", workload_name, name)[0] for name in precisions}
+    if peer:
+        measured[peer] = _measure(peer, "train_step", workload_name)[0]
+    rows = []
+    for name, result in measured.items():
+        row = {"case": f"train_step {workload_name}", "implementation": name, "s per step": result["step_s"],
+               "tokens/s": workload.tokens / result["step_s"], "TFLOP/s": flops / result["step_s"] / 1e12,
+               "peak GB": result["peak_gb"], "activations GB": result.get("activations_gb"),
+               "loss": result["loss"]}  # fmt: skip
+        others = list(measured)[1:]
+        row |= {f"speed of {other}": measured[other]["step_s"] / result["step_s"] for other in others}
+        rows.append(row)
+    return rows
 
 
 def decode_rows(workload_name: str, *, peer: str | None) -> list[Row]:
     """Measures greedy generation after the first token."""
-    measured = {name: _measure(name, "decode", workload_name) for name in _names(peer)}
+    names = ["dsv3_jax", peer] if peer else ["dsv3_jax"]
+    measured = {name: _measure(name, "decode", workload_name) for name in names}
     return [
         {"case": f"decode {workload_name}, batch {result['batch']}", "implementation": name,
          "first token s": result["first_token_s"], "tokens/s": result["decode_tokens_per_s"],
@@ -38,21 +53,13 @@ def decode_rows(workload_name: str, *, peer: str | None) -> list[Row]:
     ]  # fmt: skip
 
 
-def _names(peer: str | None) -> list[str]:
-    return ["dsv3_jax", peer] if peer else ["dsv3_jax"]
-
-
-def _ratio(measured: dict, peer: str | None, field: str, name: str) -> float | None:
-    return measured[peer][field] / measured[name][field] if peer else None
-
-
-def _measure(name: str, suite: str, workload_name: str) -> list[dict]:
+def _measure(name: str, suite: str, *arguments: str) -> list[dict]:
     """Runs one implementation and reads the JSON it prints last.
 
     Raises:
       ValueError: it failed; the message ends with what it said.
     """
-    command = [sys.executable, "-m", MODULES[name], suite, workload_name]
+    command = [sys.executable, "-m", MODULES[name], suite, *arguments]
     environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "PYTHONUNBUFFERED": "1"}
     environment.pop("XLA_PYTHON_CLIENT_PREALLOCATE", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
