@@ -4,6 +4,11 @@ A document is the set of its runs of five words; words are runs of letters and d
 without spaces. MinHash (rensa) makes a fixed-size signature of the set: the share of equal places in two signatures
 estimates the Jaccard similarity of their documents. Documents that agree in one band of their signatures are compared
 (locality-sensitive hashing), and of those that are similar enough the first stays.
+
+Measured on 8,000 documents of packages (54 MB; 1,122 have an exact similarity of 0.8 or more to an earlier one): rensa
+makes 380 MB/s into signatures on one core (with hashing the words 37), and of these documents 96 % are found (of those
+from 0.85 on 99.9 %), 94 % of what is removed is at 0.8 or more and all but one at 0.75; datasketch makes 14 MB/s and
+finds 91 % (98 %).
 """
 
 import dataclasses
@@ -18,7 +23,7 @@ from dsv3_jax.config import require
 
 EXACT_HASH_BYTES = 16
 SIGNATURE_LENGTH = 128  # the estimate's standard deviation at similarity 0.8 is 0.035
-ROWS_PER_BAND = 6  # 21 bands: two documents of similarity 0.8 share one with probability 0.998, of 0.5 with 0.28
+ROWS_PER_BAND = 6  # 21 bands: documents of similarity 0.8 share one with probability 0.998, of 0.5 with 0.28
 SHINGLE_WORDS = 5
 MIN_WORDS = 20  # a shorter document has too few shingles: only its exact copies are found
 
