@@ -1,8 +1,8 @@
 """What a document must be to be trained on: a few rules that hold for prose, code and mathematics in any language.
 
 Line ends become \\n; a byte order mark, stray control characters and the colours of terminals go; nothing else of a
-text is changed. A document that a rule refuses is dropped whole, with the reason. The limits are wide: they are for what
-is no text at all (binary data, dumps, encoded data, wrongly decoded bytes), not for what is badly written.
+text is changed. A document that a rule refuses is dropped whole, with the reason. The limits are wide: they are for
+what is no text at all (binary data, dumps, encoded data, wrongly decoded bytes), not for what is badly written.
 """
 
 import dataclasses
