@@ -36,10 +36,12 @@ _HELDOUT_FRACTION = flags.DEFINE_float("heldout_fraction", 0.02, "share of the d
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "directory of a tokenizer to use instead of training one")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "tokens of the tokenizer to train")
 _TOKENIZER_BYTES = flags.DEFINE_integer(
-    "tokenizer_bytes", 100_000_000, "UTF-8 bytes of text to train it on, shared by weight; needs 10 times the memory")
+    "tokenizer_bytes", 100_000_000, "UTF-8 bytes of text to train it on, shared by weight; needs 10 times the memory"
+)
 _FIM_RATE = flags.DEFINE_float("fim_rate", 0.1, "share of the training documents encoded for filling in the middle")
 _BOUNDARY_SPLIT_SHARE = flags.DEFINE_float(
-    "boundary_split_share", 0.1, "share of the tokens joining punctuation and line breaks that training text splits")
+    "boundary_split_share", 0.1, "share of the tokens joining punctuation and line breaks that training text splits"
+)
 _SEED = flags.DEFINE_integer("seed", 0, "decides which documents and tokens those are")
 _RUNNER = flags.DEFINE_enum("runner", "local", runner.RUNNERS, "processes of this machine, or tasks of a Ray cluster")
 _WORKERS = flags.DEFINE_integer("workers", len(os.sched_getaffinity(0)), "shards worked on at a time")
@@ -101,7 +103,8 @@ class _Speed(rich_progress.ProgressColumn):
     """Shows MB/s since the stage began: shards end in bursts, and a speed of the last moments would jump."""
 
     def render(self, task: rich_progress.Task) -> str:
-        return f"{task.completed / task.elapsed / 1e6:6.1f} MB/s" if task.elapsed and task.completed else ""
+        seconds = task.finished_time if task.finished else task.elapsed
+        return f"{task.completed / seconds / 1e6:6.1f} MB/s" if seconds and task.completed else ""
 
 
 class _TimeLeft(rich_progress.ProgressColumn):

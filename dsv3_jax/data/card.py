@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsv3_jax.data import prepared
+from dsv3_jax.data.cleaning import REASONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,10 +61,10 @@ def card_text(manifest: dict[str, Any], lengths: dict[str, np.ndarray]) -> str:
         f"{manifest['tokenizer']['vocab_size']:,}. Numbers below are of the training part unless they say otherwise.",
         "## Sources",
         _table(
-            ["source", "kind", "language", "licence", "weight", "documents", "bytes", "tokens", "bytes / token",
+            ["source", "kind", "language", "weight", "documents", "bytes", "tokens", "bytes / token",
              "median tokens", "held-out documents"],
             [_source_row(name, account, lengths[name], sources) for name, account in sources.items()],
-            num_words=4,
+            num_words=3,
         ),
         "## What was left out",
         _table(
@@ -71,7 +72,8 @@ def card_text(manifest: dict[str, Any], lengths: dict[str, np.ndarray]) -> str:
             [_removed_row(name, account, sources) for name, account in sources.items()],
             num_words=2,
         ),
-        "Documents; found and kept count both splits, and found every file, row or record.",
+        "Documents; found and kept count both splits, and found every file, row or record. "
+        + "; ".join(f"`{reason}`: {REASONS[reason]}" for reason in _reasons(sources) if reason in REASONS),
         *_examples(sources),
         "## How it is encoded",
         _table(
@@ -83,6 +85,8 @@ def card_text(manifest: dict[str, Any], lengths: dict[str, np.ndarray]) -> str:
         "punctuation with line breaks which were split in two. Held-out documents are plain text.",
         "## Plots",
         *plots,
+        "## Licences",
+        "\n".join(f"- {name}: {account['licence'] or 'not stated'}" for name, account in sources.items()),
         "## How to make it again",
         _recipe_text(manifest),
     ]  # fmt: skip
@@ -107,9 +111,11 @@ def draw_shares(axes: "Axes", sources: dict[str, dict]) -> None:
 
 def draw_lengths(axes: "Axes", lengths: dict[str, np.ndarray]) -> None:
     """Draws, for each source, the share of documents shorter than a number of tokens."""
-    for name, of_source in lengths.items():
+    for number, (name, of_source) in enumerate(lengths.items()):
         if len(of_source):
-            axes.plot(np.sort(of_source), 100 * np.arange(1, len(of_source) + 1) / len(of_source), label=name)
+            shares = 100 * np.arange(1, len(of_source) + 1) / len(of_source)
+            style = ("-", "--", ":")[number // 10 % 3]  # colors repeat after ten
+            axes.plot(np.sort(of_source), shares, label=name, linestyle=style)
     axes.set_xscale("log")
     axes.set_xlabel("tokens of a document, bos and eos included")
     axes.set_ylabel("documents at most this long, %")
@@ -128,19 +134,19 @@ def draw_bytes_per_token(axes: "Axes", sources: dict[str, dict]) -> None:
 
 
 def draw_removed(axes: "Axes", sources: dict[str, dict]) -> None:
-    """Draws the share of each source's documents that was left out, by reason."""
+    """Draws the share of each source's documents that was left out, by reason. What a budget cut is not looked at."""
     lefts = np.zeros(len(sources))
-    found = np.array([_num_found(account) for account in sources.values()])
-    for number, reason in enumerate(_reasons(sources)):
+    found = [_num_found(account) - _num_removed(account, "over_budget") for account in sources.values()]
+    reasons = [reason for reason in _reasons(sources) if reason != "over_budget"]
+    for number, reason in enumerate(reasons):
         counts = np.array([_num_removed(account, reason) for account in sources.values()])
         shares = 100 * counts / np.maximum(found, 1)
-        axes.barh(
-            np.arange(len(sources)), shares, left=lefts, label=reason.replace("_", " "), hatch="//" * (number // 10)
-        )  # colors repeat after ten
+        hatch = "//" * (number // 10)  # colors repeat after ten
+        axes.barh(np.arange(len(sources)), shares, left=lefts, label=reason.replace("_", " "), hatch=hatch)
         lefts += shares
     _name_sources(axes, sources)
     axes.set_xlabel("documents left out, % of those found")
-    if _reasons(sources):
+    if reasons:
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
@@ -153,7 +159,7 @@ def _source_row(name: str, account: dict, lengths: np.ndarray, sources: dict[str
     train = account["splits"]["train"]
     weight = account["weight"] / sum(other["weight"] for other in sources.values())
     return [
-        name, account["kind"], account["language"], account["licence"], f"{weight:.1%}", f"{train['documents']:,}",
+        name, account["kind"], account["language"], f"{weight:.1%}", f"{train['documents']:,}",
         f"{train['utf8_bytes']:,}", f"{train['tokens']:,}", f"{_bytes_per_token(train):.2f}",
         f"{int(np.median(lengths)):,}" if len(lengths) else "-", f"{account['splits']['heldout']['documents']:,}",
     ]  # fmt: skip
@@ -244,6 +250,7 @@ def _shares(values: list[float]) -> np.ndarray:
 
 def _name_sources(axes: "Axes", sources: dict[str, dict]) -> None:
     axes.set_yticks(np.arange(len(sources)), list(sources))
+    axes.margins(y=0.02)
     axes.invert_yaxis()
 
 
