@@ -1,5 +1,6 @@
 """The data card of a prepared corpus: one page of markdown and its plots, made from the manifest and the offsets."""
 
+import itertools
 import pathlib
 import shlex
 from collections.abc import Callable
@@ -20,7 +21,7 @@ PLOTS = {
     "bytes_per_token.png": "UTF-8 bytes per token",
     "removed.png": "What was left out, and why",
 }
-MAX_EXAMPLES = 5
+MAX_EXAMPLES = 8
 DUPLICATES = ("exact_duplicate", "near_duplicate")
 
 
@@ -173,13 +174,11 @@ def _removed_row(name: str, account: dict, sources: dict[str, dict]) -> list[str
 
 
 def _examples(sources: dict[str, dict]) -> list[str]:
-    """Gives a list of near duplicates that were removed, or nothing."""
-    pairs = [
-        f"- `{document}` repeats `{repeated}`"
-        for account in sources.values()
-        for document, repeated in account["removed"].get("near_duplicate", {"examples": []})["examples"]
-    ]
-    return ["Near duplicates, for example:\n\n" + "\n".join(pairs[:MAX_EXAMPLES])] if pairs else []
+    """Gives a list of near duplicates that were removed, from as many sources as possible; or nothing."""
+    pairs = [account["removed"].get("near_duplicate", {"examples": []})["examples"] for account in sources.values()]
+    turns = (pair for turn in itertools.zip_longest(*pairs) for pair in turn if pair is not None)
+    lines = [f"- `{document}` repeats `{repeated}`" for document, repeated in itertools.islice(turns, MAX_EXAMPLES)]
+    return ["Near duplicates, for example:\n\n" + "\n".join(lines)] if lines else []
 
 
 def _encoding_row(name: str, counts: dict[str, int]) -> list[str]:
