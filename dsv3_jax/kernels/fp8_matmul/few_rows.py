@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
-from dsv3_jax.kernels.fp8_matmul.pipeline import TMA_SCALE_ROW, WARPGROUP_ROWS, swizzled
+from dsv3_jax.kernels.fp8_matmul.pipeline import TMA_SCALE_ROW, WARPGROUP_ROWS, scale_boxes, swizzled
 from dsv3_jax.kernels.fp8_matmul.tuned import FewRowsTile
 
 MAX_ROWS = 2 * WARPGROUP_ROWS
@@ -38,7 +38,8 @@ def few_rows_matmul(
         @pl.when(warpgroup == warpgroups)
         def _produce():
             block = jnp.minimum(lax.div(first_column, TILE), b_scales_ref.shape[0] - 1)
-            plgpu.copy_gmem_to_smem(b_scales_ref.at[block], b_scales_smem.at[pl.ds(0, block_scales)], full_blocks)
+            for box in scale_boxes(block_scales):
+                plgpu.copy_gmem_to_smem(b_scales_ref.at[block, box], b_scales_smem.at[box], full_blocks)
             shared = {"collective_axes": ("rank",)} if cluster > 1 else {}
 
             def load_step(step, _):
@@ -132,7 +133,7 @@ def few_rows_matmul(
             plgpu.SMEM((rows, columns), out_type.dtype, transforms=out_tile),
             plgpu.Barrier(num_barriers=stages, num_arrivals=3),
             empty,
-            plgpu.Barrier(num_arrivals=1),
+            plgpu.Barrier(num_arrivals=len(scale_boxes(block_scales))),
             plgpu.Barrier(num_arrivals=max(1, warpgroups - 1)),
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),

@@ -26,6 +26,7 @@ from dsv3_jax.kernels.fp8_matmul.tuned import NUM_SMS, Tile
 WARPGROUP_ROWS = 64  # rows of one wgmma
 PRODUCER_REGISTERS = 40  # 24 makes the producer spill
 TMA_SCALE_ROW = 32  # float32 numbers in 128 bytes: where a copy to shared memory may begin
+TMA_BOX = 256  # elements along a side, at most
 
 
 class Work(NamedTuple):
@@ -94,9 +95,10 @@ def scaled_matmul(
                 if is_blockwise:
                     parity = lax.rem(index, 2)
                     plgpu.barrier_wait(empty_blocks.at[parity])
-                    source = b_scales_ref.at[(*matrix, lax.div(now.first_column, TILE))]
-                    target = b_scales_smem.at[parity, pl.ds(0, block_scales)]
-                    plgpu.copy_gmem_to_smem(source, target, full_blocks.at[parity])
+                    line = (*matrix, lax.div(now.first_column, TILE))
+                    for box in scale_boxes(block_scales):
+                        source, target = b_scales_ref.at[(*line, box)], b_scales_smem.at[parity, box]
+                        plgpu.copy_gmem_to_smem(source, target, full_blocks.at[parity])
 
                 def load_step(index, slot):
                     plgpu.barrier_wait(empty.at[slot])
@@ -224,13 +226,18 @@ def scaled_matmul(
             ),
             plgpu.Barrier(num_barriers=stages, num_arrivals=3 if is_blockwise else 4),
             plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
-            plgpu.Barrier(num_barriers=2, num_arrivals=1),
+            plgpu.Barrier(num_barriers=2, num_arrivals=len(scale_boxes(block_scales))),
             plgpu.Barrier(num_barriers=2, num_arrivals=warpgroups),
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*operands)
     # Without the barrier XLA runs the kernel twice where a loop also stacks its result for the backward pass.
     return lax.optimization_barrier(out)
+
+
+def scale_boxes(num_scales: int) -> list[pl.Slice]:
+    """Returns the boxes in which TMA copies a line of scales."""
+    return [pl.ds(start, min(TMA_BOX, num_scales - start)) for start in range(0, num_scales, TMA_BOX)]
 
 
 def _consumer_registers(warpgroups: int) -> int:
