@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.benchmarks.replays import Operation, Program, calls_per_replay, compile_all, copies, torch_contender
+from dsv3_jax.benchmarks.replays import Operation, Program, compile_all, copies, sets_and_rounds, torch_contender
 from dsv3_jax.benchmarks.report import Row
 from dsv3_jax.benchmarks.timing import burst_medians, steady_medians
 
@@ -62,8 +62,8 @@ class Contest:
         return max(self.flops / self.peak_flops, self.num_bytes / MEMORY_RATE)
 
     @property
-    def calls(self) -> int:
-        return calls_per_replay(self.floor_s)
+    def sets_and_rounds(self) -> tuple[int, int]:
+        return sets_and_rounds(self.num_bytes, self.floor_s)
 
 
 def hold(contests: list[Contest], *, against: str, with_torch: bool, modes: tuple[str, ...]) -> list[Row]:
@@ -77,11 +77,12 @@ def hold(contests: list[Contest], *, against: str, with_torch: bool, modes: tupl
     """
     makers = {}
     for contest in contests:
+        num_sets, rounds = contest.sets_and_rounds
         for entrant in contest.entrants:
             if not entrant.is_torch:
-                types = contest.types[entrant.operands]
+                operand_types = contest.types[entrant.operands]
                 makers[contest.case, entrant.name] = functools.partial(
-                    Program, entrant.operation, types, calls=contest.calls
+                    Program, entrant.operation, operand_types, num_sets=num_sets, rounds=rounds
                 )
     programs = compile_all(makers)
     rows = []
@@ -108,14 +109,15 @@ def geometric_means(rows: list[Row]) -> list[Row]:
 
 def _hold(contest: Contest, programs: dict[str, Program], *, against: str, with_torch: bool, modes) -> list[Row]:
     drawn = jax.jit(contest.draw)()
-    sets = {name: copies(operands, count=contest.calls) for name, operands in drawn.items()}
+    num_sets, rounds = contest.sets_and_rounds
+    sets = {name: copies(operands, count=num_sets) for name, operands in drawn.items()}
     contenders, errors = {}, {}
     for entrant in contest.entrants:
         if entrant.is_torch and not with_torch:
             continue
         own_sets = sets[entrant.operands]
         if entrant.is_torch:
-            contender = torch_contender([entrant.operation(*operands) for operands in own_sets])
+            contender = torch_contender([entrant.operation(*operands) for operands in own_sets], rounds=rounds)
         else:
             contender = programs[entrant.name].contender(own_sets)
         contenders[entrant.name] = contender

@@ -1,8 +1,9 @@
 """Contenders that do an operation many times per start, so that the host's work is no part of what is timed.
 
-Ours is one compiled program with a call per set of operands; torch's is a CUDA graph with the same calls on the same
-memory. Every call has operands and results of its own, together larger than the card's 60 MB of L2 cache, as between
-the other operations of a network. Calls follow one another: XLA is told not to run them side by side.
+Ours is one compiled program, a loop over several sets of operands; torch's is a CUDA graph of the same calls on the
+same memory. All sets with their results are larger than the card's 60 MB of L2 cache, so that every call reads from
+device memory, as between the other operations of a network. Calls follow one another: XLA may not run them side by
+side.
 """
 
 import functools
@@ -16,41 +17,54 @@ import jax.numpy as jnp
 
 from dsv3_jax.benchmarks.timing import Contender
 
-REPLAY_S = 1e-3  # a start lasts at least this long on the fastest conceivable device
+START_S = 2e-3  # a start lasts at least this long on the fastest conceivable device
+ROTATING_BYTES = 256e6  # read and written before the same memory is read again
 SERIALLY = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 
 Operation = Callable[..., Any]
 
 
-def calls_per_replay(floor_s: float) -> int:
-    """Returns how many calls of an operation, which takes floor_s at the very least, make a start."""
-    return math.ceil(REPLAY_S / floor_s)
+def sets_and_rounds(num_bytes: int, floor_s: float) -> tuple[int, int]:
+    """Returns over how many sets of operands to rotate, and how often in a start.
+
+    Args:
+      num_bytes: read and written by one call.
+      floor_s: seconds that one call takes at the very least.
+    """
+    num_sets = math.ceil(ROTATING_BYTES / num_bytes)
+    return num_sets, math.ceil(START_S / floor_s / num_sets)
 
 
 class Program:
-    """An operation of ours, compiled for a number of calls on different operands."""
+    """An operation of ours, compiled for several sets of operands and a number of rounds over them."""
 
-    def __init__(self, operation: Operation, operand_types: tuple, *, calls: int):
+    def __init__(self, operation: Operation, operand_types: tuple, *, num_sets: int, rounds: int):
         """Compiles.
 
         Args:
           operation: function of arrays.
           operand_types: what it is called with, as arrays or `jax.ShapeDtypeStruct`s in pytrees.
-          calls: calls per start.
+          num_sets: sets of operands.
+          rounds: calls per set and start.
         """
         operation = jax.jit(operation)  # traced once for all calls
 
-        @functools.partial(jax.jit, donate_argnums=0, keep_unused=True, compiler_options=SERIALLY)
+        @functools.partial(jax.jit, donate_argnums=0, compiler_options=SERIALLY)
         def replay(results, operand_sets):
-            return [operation(*operands) for operands in operand_sets]
+            def call_each(_, results):
+                # Without the barrier a round that repeats another would be left out.
+                own_sets, _ = jax.lax.optimization_barrier((operand_sets, results))
+                return [operation(*operands) for operands in own_sets]
+
+            return jax.lax.fori_loop(0, rounds, call_each, results)
 
         operand_types = jax.eval_shape(lambda *operands: operands, *operand_types)
-        self._result_types = [jax.eval_shape(operation, *operand_types)] * calls
-        self._replay = replay.lower(self._result_types, [operand_types] * calls).compile()
-        self.calls = calls
+        self._result_types = [jax.eval_shape(operation, *operand_types)] * num_sets
+        self._replay = replay.lower(self._result_types, [operand_types] * num_sets).compile()
+        self._calls = num_sets * rounds
 
     def contender(self, operand_sets: Sequence[tuple]) -> Contender:
-        """Returns what starts all calls, each on one of the operand sets.
+        """Returns what starts the rounds over the operand sets; a start yields the results of the last round.
 
         Results are written to the memory of the previous start's, so that nothing has to be found or freed.
         """
@@ -61,7 +75,7 @@ class Program:
             results = self._replay(results, operand_sets)
             return results
 
-        return Contender(start, jax.block_until_ready, self.calls)
+        return Contender(start, jax.block_until_ready, self._calls)
 
 
 def compile_all(makers: dict[Any, Callable[[], Program]]) -> dict[Any, Program]:
@@ -75,26 +89,28 @@ def copies(operands: tuple, *, count: int) -> list[tuple]:
     return jax.block_until_ready([operands] + [jax.tree.map(jnp.copy, operands) for _ in range(count - 1)])
 
 
-def torch_contender(calls: Sequence[Callable[[], Any]]) -> Contender:
-    """Returns what starts calls of torch, recorded as a CUDA graph.
+def torch_contender(calls: Sequence[Callable[[], Any]], *, rounds: int) -> Contender:
+    """Returns what starts rounds of torch calls, recorded as one CUDA graph; a start yields the last round's results.
 
     Args:
-      calls: functions that start one operation each and return its result.
+      calls: functions without arguments that start one operation each and return its result.
+      rounds: how often each is called.
     """
     import torch
 
-    for call in calls[:2]:  # workspaces and the choice of kernels are no part of the graph
-        call()
+    results = [call() for call in calls]  # workspaces and the choice of kernels are no part of the graph
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = [call() for call in calls]
+        for _ in range(rounds):
+            for i, call in enumerate(calls):
+                results[i] = call()
 
     def start():
         graph.replay()
         return results
 
-    return Contender(start, lambda _: torch.cuda.synchronize(), len(calls))
+    return Contender(start, lambda _: torch.cuda.synchronize(), len(calls) * rounds)
 
 
 def to_torch(array: jax.Array) -> Any:

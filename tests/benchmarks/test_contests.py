@@ -19,23 +19,34 @@ def briefly(monkeypatch):
     """Lets contests last milliseconds, on the reference implementations."""
     steady = functools.partial(timing.steady_medians, heat_s=1e-4, measure_s=1e-4, repeats=1)
     monkeypatch.setattr(contests, "MODES", {"burst": steady, "steady": steady})
-    monkeypatch.setattr(replays, "REPLAY_S", 1e-9)
+    monkeypatch.setattr(replays, "START_S", 1e-9)
+    monkeypatch.setattr(replays, "ROTATING_BYTES", 1)
 
 
-def test_a_start_does_every_call_on_its_own_operands():
+def test_a_start_does_every_round_on_all_operands():
     x, y = jnp.arange(6.0).reshape(2, 3), jnp.ones((3, 2))
-    program = Program(jnp.matmul, (x, y), calls=3)
+    calls = []
+
+    def multiply(x, y):
+        out = jnp.matmul(x, y)
+        jax.debug.callback(lambda: calls.append(1))
+        return out
+
+    program = Program(multiply, (x, y), num_sets=3, rounds=2)
     sets = [(x * scale, y) for scale in (1, 2, 3)]
     contender = program.contender(sets)
     contender.start()
     results = contender.start()  # into the memory of the first
     for result, (left, right) in zip(results, sets):
         np.testing.assert_array_equal(result, np.asarray(left) @ np.asarray(right))
-    assert contender.operations == 3
+    jax.effects_barrier()
+    assert len(calls) == 2 * contender.operations == 12
 
 
-def test_calls_fill_the_shortest_time():
-    assert [replays.calls_per_replay(floor_s) for floor_s in (2e-3, 1e-3, 4e-4)] == [1, 1, 3]
+def test_sets_exceed_the_cache_and_rounds_fill_a_start():
+    assert replays.sets_and_rounds(int(300e6), 1e-3) == (1, 2)
+    num_sets, rounds = replays.sets_and_rounds(int(16e6), 3e-6)
+    assert num_sets * 16e6 >= 4 * 60e6 and num_sets * rounds * 3e-6 >= 2e-3
 
 
 def test_copies_lie_in_different_memory():
