@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_jax.data.prepared import write_corpus
+from dsv3_jax.data.tokenizer import train_tokenizer
+
 ROOT = Path(__file__).parents[2]
 
 CONFIG = '''
@@ -23,8 +26,21 @@ def get_config():
         learning_rate=1e-2, init_std=0.1, ema_decay=0.9, eval_sequences=4, eval_every_steps=6,
         checkpoint_every_steps=3, checkpoints_to_keep=2,
     )
-    return RunConfig(model=model, data=DataConfig(sequence_length=16), train=train)
+    data = DataConfig(sequence_length=16, mixture="0:code=0.75,words=0.25;300:code=0.5,words=0.5")
+    return RunConfig(model=model, data=data, train=train)
 '''
+
+
+def write_two_sources(directory: Path) -> None:
+    """Writes a corpus of much code and of so few words that a run reads them several times."""
+    texts = [path.read_text() for path in sorted((ROOT / "dsv3_jax" / "train").glob("*.py"))[:8]]
+    tokenizer = train_tokenizer(texts, 300)
+    code, words = tokenizer.encode_documents(texts), tokenizer.encode_documents(["zwei Wörter " * 4] * 2)
+    documents = {
+        "code": {"train": code[2:], "heldout": code[:2]},
+        "words": {"train": words[1:], "heldout": words[:1]},
+    }
+    write_corpus(directory, tokenizer, documents, weights={"code": 1, "words": 1})
 
 
 class Launcher:
@@ -34,20 +50,12 @@ class Launcher:
         self.config = directory / "micro.py"
         self.config.write_text(CONFIG)
         self.corpus = directory / "corpus"
-        text = directory / "text"
-        text.mkdir()
-        for index, path in enumerate(sorted((ROOT / "dsv3_jax" / "train").glob("*.py"))[:8]):
-            (text / f"{index}.txt").write_text(path.read_text())
+        write_two_sources(self.corpus)
         self._environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        arguments = [f"--source={text}", f"--output={self.corpus}", "--vocab_size=300", "--heldout_fraction=0.3"]
-        subprocess.run(
-            [sys.executable, ROOT / "launch" / "prepare_data.py", *arguments],
-            env=self._environment, check=True, capture_output=True,
-        )  # fmt: skip
 
     def start(self, workdir: Path, *arguments: str, num_devices: int = 1) -> subprocess.Popen:
         flags = f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 
 from dsv3_jax.checkpoint.training import newest_step, open_params
+from dsv3_jax.data import open_corpus
 from dsv3_jax.train.metrics import read_records
 
 DEADLINE_SECONDS = 600
 
 
 def losses(workdir: Path) -> list[tuple]:
-    names = ("kind", "step", "tokens", "loss", "mtp_loss", "grad_norm", "batch_size", "learning_rate", "bits_per_byte")
+    names = ("kind", "step", "tokens", "loss", "mtp_loss", "grad_norm", "batch_size", "learning_rate", "bits_per_byte",
+             "bits_per_byte/code", "bits_per_byte/words", "epochs/code", "epochs/words")  # fmt: skip
     return [tuple(record.get(name) for name in names) for record in read_records(workdir)]
 
 
@@ -51,7 +53,10 @@ def params_equal(first: Path, second: Path, *, ema: bool) -> bool:
 
 
 def test_kills_and_preemption_leave_no_trace(launcher, uninterrupted, tmp_path):
-    """kill -9 while a checkpoint is being written, SIGTERM, kill -9 anywhere: then bit for bit the same run."""
+    """kill -9 while a checkpoint is being written, SIGTERM, kill -9 anywhere: then bit for bit the same run.
+
+    Every start reads its data with another number of threads.
+    """
     workdir = tmp_path / "run"
 
     process = launcher.start(workdir)
@@ -59,7 +64,7 @@ def test_kills_and_preemption_leave_no_trace(launcher, uninterrupted, tmp_path):
     kill(process)
     assert newest_step(workdir) in (3, 6, 9)
 
-    process = launcher.start(workdir)
+    process = launcher.start(workdir, "--config.data.reader_threads=0")
     start = num_steps_recorded(workdir)
     wait_until(process, lambda: num_steps_recorded(workdir) > start)
     process.send_signal(signal.SIGTERM)
@@ -68,7 +73,7 @@ def test_kills_and_preemption_leave_no_trace(launcher, uninterrupted, tmp_path):
     assert "resuming after step" in output
     assert newest_step(workdir) == num_steps_recorded(workdir), output
 
-    process = launcher.start(workdir)
+    process = launcher.start(workdir, "--config.data.reader_threads=3", "--config.data.prefetch_windows=1")
     wait_until(process, lambda: num_steps_recorded(workdir) > newest_step(workdir))
     time.sleep(random.uniform(0, 0.2))
     kill(process)
@@ -88,6 +93,27 @@ def test_ctrl_c_saves_and_says_so(launcher, tmp_path):
     output, _ = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 130, output
     assert newest_step(tmp_path / "run") == num_steps_recorded(tmp_path / "run")
+
+
+def test_a_run_says_how_often_it_read_each_source(launcher, uninterrupted):
+    sources = open_corpus(launcher.corpus).sources
+    windows_per_epoch = {name: (source.num_tokens("train") - 1) // 16 for name, source in sources.items()}
+    num_read = dict.fromkeys(sources, 0)
+    for record in read_records(uninterrupted):
+        if record["kind"] == "train":
+            now = {name: record[f"epochs/{name}"] * num_windows for name, num_windows in windows_per_epoch.items()}
+            assert sum(now.values()) * 16 == pytest.approx(record["tokens"])
+            assert all(now[name] > num_read[name] - 1e-6 for name in sources)
+            num_read = now
+    assert num_read["words"] > windows_per_epoch["words"], "read more than once"
+
+
+def test_the_held_out_text_is_scored_source_by_source(uninterrupted):
+    heldout = [record for record in read_records(uninterrupted) if record["kind"] == "heldout"]
+    assert len(heldout) == 2
+    for record in heldout:
+        by_source = [record["bits_per_byte/code"], record["bits_per_byte/words"]]
+        assert min(by_source) < record["bits_per_byte"] < max(by_source)
 
 
 def test_a_finished_run_does_nothing_but_can_be_prolonged_elsewhere(launcher, uninterrupted, tmp_path):
