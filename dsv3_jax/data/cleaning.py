@@ -10,10 +10,10 @@ import re
 import string
 
 MIN_CHARACTERS = 20  # that are not white space
-MAX_CONTROL_SHARE = 0.001  # of characters
+MAX_CONTROL_SHARE = 0.005  # of characters
 MAX_MOJIBAKE_SHARE = 0.005  # of characters
 MIN_LETTER_SHARE = 0.25  # of the characters that are not white space
-LONG_WORD = 100  # characters; no language has such words, minified and encoded data have
+LONG_WORD = 100  # characters; minified and encoded data have such words; of ASCII, no links
 MAX_LONG_WORD_SHARE = 0.3  # of the characters that are not white space
 MIN_REPEATED_LINES = 20  # a shorter document may repeat itself
 MAX_REPEATED_SHARE = 0.6  # of the characters in lines of MIN_LINE_CHARACTERS or more
@@ -75,7 +75,7 @@ class _Counts:
 
 def _length_of_long_words(lines: list[str]) -> int:
     words = [word for line in lines if len(line) >= LONG_WORD for word in line.split() if len(word) >= LONG_WORD]
-    return sum(len(word) for word in words if word.isascii())  # without spaces, Chinese has lines that are words
+    return sum(len(word) for word in words if word.isascii() and "://" not in word)  # Chinese lines are words, too
 
 
 def _repeats_itself(lines: list[str]) -> bool:

@@ -13,7 +13,6 @@ finds 91 % (98 %).
 
 import dataclasses
 import functools
-import hashlib
 import types
 from collections.abc import Iterator, Sequence
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from dsv3_jax.config import require
 
-EXACT_HASH_BYTES = 16
+EXACT_HASH_BYTES = 16  # of any good hash of the text: among 10**12 documents no two collide
 SIGNATURE_LENGTH = 128  # the estimate's standard deviation at similarity 0.8 is 0.035
 ROWS_PER_BAND = 6  # 21 bands: documents of similarity 0.8 share one with probability 0.998, of 0.5 with 0.28
 SHINGLE_WORDS = 5
@@ -41,11 +40,6 @@ class Duplicates:
     removed: np.ndarray  # int64 [R], numbers of documents
     repeats: np.ndarray  # int64 [R]; may itself have been removed as the near duplicate of a third
     is_exact: np.ndarray  # bool [R]
-
-
-def exact_hash(text: str) -> np.ndarray:
-    """Hashes a text: uint8 [EXACT_HASH_BYTES]."""
-    return np.frombuffer(hashlib.blake2b(text.encode("utf-8"), digest_size=EXACT_HASH_BYTES).digest(), np.uint8)
 
 
 def signature(text: str) -> np.ndarray:
@@ -79,7 +73,7 @@ def find_duplicates(
     are read from where they are (map their files).
 
     Args:
-      exact_hashes: per shard, uint8 [documents, EXACT_HASH_BYTES].
+      exact_hashes: per shard, uint8 [documents, EXACT_HASH_BYTES]; equal for equal texts alone.
       signatures: per shard, uint32 [documents, SIGNATURE_LENGTH].
       min_similarity: estimated Jaccard similarity from which on two documents are near duplicates; None: exact only.
 

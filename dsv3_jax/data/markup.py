@@ -5,7 +5,7 @@ import re
 
 _HIDDEN = frozenset({"aside", "button", "footer", "head", "header", "info", "nav", "script", "style", "svg"})
 _HIDDEN_CLASSES = frozenset({  # what documentation generators call their navigation
-    "docnav", "editsection", "headerlink", "navfooter", "navheader", "related", "sphinxsidebar", "t-navbar", "toc",
+    "docnav", "editsection", "headerlink", "navfooter", "navheader", "printfooter", "related", "sphinxsidebar", "t-navbar", "toc",
 })  # fmt: skip
 _BLOCKS = frozenset({
     "article", "blockquote", "br", "caption", "code-block", "dd", "div", "dl", "dt", "fieldset", "figure", "form", "h1",
