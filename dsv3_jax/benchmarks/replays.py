@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from dsv3_jax.benchmarks.timing import Contender
 
 START_S = 2e-3  # a start lasts at least this long on the fastest conceivable device
-ROTATING_BYTES = 256e6  # read and written before the same memory is read again
+ROTATING_BYTES = 256e6  # read and written before the same memory is read again, at least
+ROUND_S = 4e-4  # a round lasts at least this long there: XLA's loop adds about 2 µs to each
 SERIALLY = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 
 Operation = Callable[..., Any]
@@ -31,7 +32,7 @@ def sets_and_rounds(num_bytes: int, floor_s: float) -> tuple[int, int]:
       num_bytes: read and written by one call.
       floor_s: seconds that one call takes at the very least.
     """
-    num_sets = math.ceil(ROTATING_BYTES / num_bytes)
+    num_sets = math.ceil(max(ROTATING_BYTES / num_bytes, ROUND_S / floor_s))
     return num_sets, math.ceil(START_S / floor_s / num_sets)
 
 
