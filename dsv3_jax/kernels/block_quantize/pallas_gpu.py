@@ -9,7 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
+from dsv3_jax.kernels.block_quantize.rms_norm import rms_norm_rows
 from dsv3_jax.kernels.block_quantize.tiles import CHUNK, Operand, Result, for_each_tile
+
+__all__ = [
+    "quantize_columns",
+    "quantize_rows",
+    "quantize_rows_and_columns",
+    "rms_norm_rows",
+    "rows_to_columns",
+    "swiglu_columns",
+    "swiglu_gradient",
+    "swiglu_rows",
+]
 
 
 def quantize_rows(x_RK: jax.Array) -> QuantizedArray:

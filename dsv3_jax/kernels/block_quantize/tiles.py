@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dsv3_jax.fp8 import formats
 from dsv3_jax.fp8.formats import E4M3, TILE, QuantizedArray
 
+ROW_MULTIPLE = 16  # of the rows of every tensor
 CHUNK = 64  # rows that a warpgroup quantizes at a time: 64 values per thread
 _GRID_NAMES = ("row", "column")
 _LARGEST_INTEGER, _ABOVE_INFINITY = 0x7FFFFFFF, 0x7FFFFF  # bits of float32
@@ -126,14 +127,22 @@ def for_each_tile(
                 row, tile = along_columns * TILE + chunk * CHUNK, along_rows
             else:
                 row, tile = along_rows * tile_rows + chunk * CHUNK, along_columns
-            rows = pl.ds(row, CHUNK)
+            rows, num_rows = pl.ds(row, CHUNK), output_shapes[output][0]
 
             def copy_out():
                 codes, scales = outputs[2 * output : 2 * output + 2]
                 plgpu.copy_smem_to_gmem(own_codes, codes.at[rows, pl.ds(tile * TILE, TILE)], commit_group=False)
-                plgpu.copy_smem_to_gmem(own_scales, scales.at[tile, rows], commit_group=False)
+                if num_rows % CHUNK == 0:
+                    plgpu.copy_smem_to_gmem(own_scales, scales.at[tile, rows], commit_group=False)
+                    return
+                for first in range(0, CHUNK, ROW_MULTIPLE):  # contiguous copies know no rows: they run into the next
 
-            num_rows = output_shapes[output][0]
+                    @pl.when(row + first < num_rows)
+                    def _copy(first=first):
+                        piece = own_scales.at[pl.ds(first, ROW_MULTIPLE)]
+                        rows = pl.ds(row + first, ROW_MULTIPLE)
+                        plgpu.copy_smem_to_gmem(piece, scales.at[tile, rows], commit_group=False)
+
             if chunks > 1 and 0 < num_rows % TILE <= CHUNK:
                 pl.when(row < num_rows)(copy_out)
             else:
@@ -212,9 +221,10 @@ def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def quantize(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the codes of a float32 chunk in registers, and the scale of each of its rows."""
+    """Returns the codes of float32 values in registers, and the scale of each of their rows."""
     scales, inverses = formats.power_of_two_scales(_largest(values))
-    return (values * lax.broadcast_in_dim(inverses, values.shape, [0])).astype(E4M3), scales
+    inverses = lax.broadcast_in_dim(inverses, values.shape, range(values.ndim - 1))
+    return (values * inverses).astype(E4M3), scales
 
 
 def _largest(values: jax.Array) -> jax.Array:
@@ -223,5 +233,5 @@ def _largest(values: jax.Array) -> jax.Array:
     Magnitudes order like their bits; adding what the bits of infinity lack to the largest integer makes NaN negative.
     """
     magnitudes = lax.bitcast_convert_type(values, jnp.int32) & _LARGEST_INTEGER
-    largest = jnp.maximum((magnitudes + _ABOVE_INFINITY).max(axis=1), _ABOVE_INFINITY) - _ABOVE_INFINITY
+    largest = jnp.maximum((magnitudes + _ABOVE_INFINITY).max(axis=-1), _ABOVE_INFINITY) - _ABOVE_INFINITY
     return lax.bitcast_convert_type(largest, jnp.float32)
