@@ -1,12 +1,13 @@
-"""Measures kernels, training steps, decoding and the accuracy of FP8 sums, beside a peer in the same run.
+"""Measures kernels, training steps, decoding, the accuracy of FP8 sums and the data loader, peers in the same run.
 
   python launch/bench.py --suite=fp8_matmul --suite=fp8_decode --peer=all --json=products.json
   python launch/bench.py --suite=train_step --peer=transformers --precision=fp8,bf16
+  python launch/bench.py --suite=loader --corpus=CORPUS
   python launch/bench.py --suite=all --peer=all --json=all.json
 
 The kernel suites need a Hopper GPU. On CPU the whole-step suites run a 108M network; on a GPU three layers at
 DeepSeek-V3's width, which needs 110 GB. accumulation runs everywhere, and measures its kernels on a GPU. "all" is every
-suite but decode, about 6 minutes on an H200. The peers need the `parity` extra.
+suite but decode and loader, about 6 minutes on an H200. The peers need the `parity` extra.
 """
 
 import os
@@ -18,13 +19,14 @@ from dsv3_jax import config_flags
 PEERS = {
     "fp8_matmul": "torch", "fp8_decode": "torch", "fp8_weight_gradient": "torch", "fp8_grouped": "torch",
     "block_quantize": "torch", "grouped_matmul": "torch", "attention": "torch", "accumulation": "torch",
-    "train_step": "transformers", "decode": "transformers",
+    "train_step": "transformers", "decode": "transformers", "loader": "none",
 }  # fmt: skip
-ALL = [suite for suite in PEERS if suite != "decode"]
+ALL = [suite for suite in PEERS if suite not in ("decode", "loader")]
 SUITES = flags.DEFINE_multi_enum("suite", None, [*PEERS, "all"], "what is measured; may be repeated", required=True)
 PEER = flags.DEFINE_enum("peer", "none", ["torch", "transformers", "all", "none"], "what is measured beside it")
 WORKLOAD = flags.DEFINE_enum("workload", None, ["small", "slice"], "network of a whole step; not given: by device")
 PRECISIONS = flags.DEFINE_list("precision", None, "precisions of our training steps; not given: the workload's own")
+CORPUS = flags.DEFINE_string("corpus", None, "prepared corpus that loader reads; not given: one of random tokens")
 JSON = flags.DEFINE_string("json", None, "file that gets the results with the hardware and the versions")
 
 
@@ -54,7 +56,7 @@ def measure(suite: str, *, with_peer: bool) -> list[dict]:
     """
     import jax
 
-    from dsv3_jax.benchmarks import accumulation, fp8_products, kernels, quantizers, whole_steps
+    from dsv3_jax.benchmarks import accumulation, fp8_products, kernels, loader, quantizers, whole_steps
     from dsv3_jax.kernels import device
 
     of_kernels = {
@@ -73,6 +75,8 @@ def measure(suite: str, *, with_peer: bool) -> list[dict]:
             raise ValueError("--suite=accumulation: torch's FP8 product needs a GPU; use --peer=none")
         return accumulation.error_rows(with_torch=with_peer)
     workload = WORKLOAD.value or ("slice" if platform == "gpu" else "small")
+    if suite == "loader":
+        return loader.loader_rows(workload, corpus_directory=CORPUS.value)
     peer = PEERS[suite] if with_peer else None
     if suite == "decode":
         return whole_steps.decode_rows(workload, peer=peer)

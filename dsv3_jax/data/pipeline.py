@@ -65,16 +65,17 @@ class TrainBatches:
         self._reader = None
         self._reader_reads = None
 
-    def next(self, batch_size: int, rows: slice = slice(None)) -> np.ndarray:
+    def next(self, batch_size: int, rows: Sequence[int] | None = None) -> np.ndarray:
         """Returns the next batch, int32 [batch_size, T + 1], and moves on by batch_size windows.
 
         Args:
           batch_size: sequences of the global batch.
-          rows: the rows to return (and to read), for a process that holds only a part of the batch.
+          rows: the rows to return (and to read), for a process that holds only a part of the batch; None: all.
         """
         require(batch_size > 0, "batch_size", batch_size, "must be greater than 0")
-        rows_read = range(batch_size)[rows]
-        require(len(rows_read) > 0, "rows", rows, f"choose none of the {batch_size} rows of the batch")
+        rows_read = tuple(range(batch_size) if rows is None else rows)
+        is_part = bool(rows_read) and min(rows_read) >= 0 and max(rows_read) < batch_size
+        require(is_part, "rows", rows, f"choose one or more of the {batch_size} rows of the batch")
         if self._reader_reads != (batch_size, rows_read):
             self._restart_reader(batch_size, rows_read)
         batch_BT = next(self._reader)
@@ -95,7 +96,7 @@ class TrainBatches:
             self._reader.close()
         self._reader = self._reader_reads = None
 
-    def _restart_reader(self, batch_size: int, rows: range) -> None:
+    def _restart_reader(self, batch_size: int, rows: tuple[int, ...]) -> None:
         import grain  # heavy; the tokenizer and the evaluation do without
 
         self.close()
@@ -139,7 +140,7 @@ class _Batches:
     """Batch i holds the given rows of the windows [position + i batch_size, position + (i + 1) batch_size)."""
 
     def __init__(self, mixture: Mixture, sources: tuple[SourceWindows, ...], position: int, batch_size: int,
-                 rows: range):  # fmt: skip
+                 rows: tuple[int, ...]):  # fmt: skip
         self._mixture = mixture
         self._sources = sources
         self._position = position

@@ -68,7 +68,7 @@ def test_other_processes_and_threads_continue_without_repeating_or_skipping(stop
         ]
         rows = 6 // num_processes
         for _ in range(num_steps):
-            read += [batches.next(6, slice(i * rows, (i + 1) * rows)) for i, batches in enumerate(processes)]
+            read += [batches.next(6, range(i * rows, (i + 1) * rows)) for i, batches in enumerate(processes)]
         position = processes[0].position
         for batches in processes:
             batches.close()

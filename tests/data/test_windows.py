@@ -81,14 +81,14 @@ def test_reading_ahead_changes_nothing(prefetch_windows, reader_threads):
 def test_rows_of_several_processes_make_the_global_batch():
     (*_, batch) = batches_of(331, 10, [6, 8, 8])
     parts = []
-    for rows in (slice(0, 3), slice(3, 4), slice(4, None)):
+    for rows in (range(3), [3], [6, 4, 5, 7]):
         batches = open_batches(counting_corpus(text=331), 10)
         batches.next(6)
         batches.next(8, rows=rows)
         parts.append(batches.next(8, rows=rows))
         assert batches.position == 22
         batches.close()
-    np.testing.assert_array_equal(np.concatenate(parts), batch)
+    np.testing.assert_array_equal(np.concatenate(parts), batch[[0, 1, 2, 3, 6, 4, 5, 7]])
     assert [len(part) for part in parts] == [3, 1, 4]
 
 
@@ -99,8 +99,9 @@ def test_impossible_requests_name_the_field():
     batches = open_batches(corpus, 10)
     with pytest.raises(ValueError, match="batch_size=0"):
         batches.next(0)
-    with pytest.raises(ValueError, match="rows="):
-        batches.next(4, rows=slice(4, 8))
+    for rows in ([], range(3, 5), [-1]):
+        with pytest.raises(ValueError, match="rows="):
+            batches.next(4, rows=rows)
 
 
 document = st.lists(st.integers(2, 9), max_size=12)
