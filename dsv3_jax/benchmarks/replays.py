@@ -19,7 +19,7 @@ from dsv3_jax.benchmarks.timing import Contender
 
 START_S = 2e-3  # a start lasts at least this long on the fastest conceivable device
 ROTATING_BYTES = 256e6  # read and written before the same memory is read again, at least
-ROUND_S = 4e-4  # a round lasts at least this long there: XLA's loop adds about 2 µs to each
+ROUND_S = 1.5e-4  # a round lasts at least this long there: XLA's loop adds about 2 µs to each
 SERIALLY = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 
 Operation = Callable[..., Any]
