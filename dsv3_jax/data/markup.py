@@ -5,8 +5,10 @@ import re
 
 _HIDDEN = frozenset({"aside", "button", "footer", "head", "header", "info", "nav", "script", "style", "svg"})
 _HIDDEN_CLASSES = frozenset({  # what documentation generators call their navigation
-    "docnav", "editsection", "headerlink", "navfooter", "navheader", "printfooter", "related", "sphinxsidebar", "t-navbar", "toc",
+    "docnav", "editsection", "headerlink", "navfooter", "navheader", "printfooter", "related", "sphinxsidebar",
+    "t-navbar", "toc",
 })  # fmt: skip
+_WITHOUT_END = frozenset({"br", "col", "hr", "img", "input", "link", "meta", "wbr"})
 _BLOCKS = frozenset({
     "article", "blockquote", "br", "caption", "code-block", "dd", "div", "dl", "dt", "fieldset", "figure", "form", "h1",
     "h2", "h3", "h4", "h5", "h6", "hr", "item", "li", "list", "main", "note", "ol", "p", "page", "pre", "section",
@@ -58,7 +60,7 @@ class _Reader(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         if self._hidden_by is not None:
             self._depth += tag == self._hidden_by
-        elif tag in _HIDDEN or not _HIDDEN_CLASSES.isdisjoint((dict(attributes).get("class") or "").split()):
+        elif _is_hidden(tag, attributes):
             self._hidden_by, self._depth = tag, 1
         else:
             self._num_preformatted += tag in _PREFORMATTED
@@ -90,3 +92,8 @@ class _Reader(html.parser.HTMLParser):
                 data = data.removeprefix(" ")
         if data:
             self.pieces.append(data)
+
+
+def _is_hidden(tag: str, attributes: list[tuple[str, str | None]]) -> bool:
+    classes = (dict(attributes).get("class") or "").split()
+    return tag in _HIDDEN or (tag not in _WITHOUT_END and not _HIDDEN_CLASSES.isdisjoint(classes))

@@ -22,6 +22,8 @@ GOOD = {
     "russian": "Съешь же ещё этих мягких французских булок, да выпей чаю.\n",
     "mathematics": r"\begin{align} \int_0^1 x^2 \, dx &= \frac{1}{3}, & \sum_{n=1}^\infty n^{-2} &= \frac{\pi^2}{6}.",
     "proof": "mp2b $p |- ch $= ( ax-mp ) wps wch wph wps ax-mp 2b.1 2b.2 ax-mp 2b.3 $.\n",
+    "a long line": "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。" * 20,
+    "short lines that repeat": "".join(f"f{i}:\nreturn 0;\n" for i in range(40)),
     "a link": "See https://example.org/" + "a/long/path" * 20 + " for what is meant.\n",
     "page breaks": "Chapter one, with a form feed behind it.\f\nChapter two follows on the next page.\n",
 }

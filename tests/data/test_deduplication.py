@@ -72,6 +72,7 @@ def test_each_character_of_a_script_without_spaces_is_a_word():
     estimate = dedup.similarity(dedup.signature(text), dedup.signature(changed))
     assert abs(estimate - exact_similarity(text, changed)) < 0.13
     assert exact_similarity(text, changed) == pytest.approx(191 / 201)
+    assert dedup.similarity(dedup.signature(text), dedup.signature(text[::-1])) < 0.1
 
 
 def test_long_texts_are_hashed_in_pieces(monkeypatch):

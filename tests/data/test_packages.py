@@ -238,7 +238,7 @@ def test_markup_goes_and_what_a_reader_sees_stays():
     page = """<?xml version="1.0"?><!DOCTYPE html>
         <html><head><title>no</title><script>no()</script></head><body><nav><ul><li>no</ul></nav>
         <div class="toc x">no<div>no</div>no</div><h1>Title <em>one</em></h1>
-        <p>Some
+        <img class="toc"><p>Some
            text&nbsp;&amp; more &#x2014; <a href="x">link</a>.<br/>Next line</p>
         <pre>if x:\n    y &lt; 1\n</pre><script src="a.js"/><ul><li>item<li>other</ul></body></html>"""
     assert markup.is_markup(page.encode())

@@ -73,6 +73,7 @@ BROKEN_LINES = [
     (b'{"text": "\\ud800"}', "not_utf8"),
     (b'{"text": "  "}', "empty"),
     (json.dumps({"text": "x" * 1001}).encode(), "too_large"),
+    (('{"text": "' + "é" * 501 + '"}').encode(), "too_large"),
     (b'{"text": "' + b"y" * 2_000_000 + b'"}', "too_large"),
     (b"[" * 100_000, "broken_row"),
     (json.dumps({"text": "zwölf 十二"}).encode(), None),
