@@ -138,9 +138,8 @@ def _normalise(x_RK: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
 
 
 def for_backward(weight: Fp8Weight) -> Fp8Weight:
-    """Returns the part of a weight that gradients need."""
-    assert weight.backward is not None, "a weight that was quantized for serving has no gradient"
-    return dataclasses.replace(weight, master=None, forward=weight.backward)
+    """Returns the part of a weight that gradients need; codes for serving alone have none."""
+    return dataclasses.replace(weight, master=None, forward=None)
 
 
 def weight_gradient(weight: Fp8Weight, dmaster: jax.Array) -> Fp8Weight:
