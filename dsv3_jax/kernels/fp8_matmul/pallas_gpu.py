@@ -50,11 +50,11 @@ def _many_rows_matmul(
     a: QuantizedArray, b: QuantizedArray, *, out_type: jax.ShapeDtypeStruct, tile: tuned.Tile
 ) -> jax.Array:
     (num_rows, contraction), num_columns = a.codes.shape, len(b.codes)
-    row_tiles, column_tiles = pl.cdiv(num_rows, tile.rows), pl.cdiv(num_columns, tile.columns)
+    row_tiles, column_tiles = pl.cdiv(num_rows, tile.rows), pl.cdiv(num_columns, tile.cluster_columns)
 
     def work_at(_, index):
         row, column = plgpu.planar_snake(index, (row_tiles, column_tiles), 1, tile.raster_rows)
-        return Work(0, row * tile.rows, num_rows, column * tile.columns, 0, num_tiles(contraction))
+        return Work(0, row * tile.rows, num_rows, column * tile.cluster_columns, 0, num_tiles(contraction))
 
     num_work = row_tiles * column_tiles
     return scaled_matmul(a, b, out_type=out_type, tile=tile, num_work=lambda _: num_work, work_at=work_at)

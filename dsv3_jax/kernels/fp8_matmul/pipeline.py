@@ -61,7 +61,8 @@ def scaled_matmul(
       num_work: references to the tables -> number of output tiles.
       work_at: (references to the tables, index) -> `Work`.
     """
-    rows, columns, stages, warpgroups = tile.rows, tile.columns, tile.stages, tile.warpgroups
+    rows, columns, stages, warpgroups, cluster = tile.rows, tile.columns, tile.stages, tile.warpgroups, tile.cluster
+    num_clusters = NUM_SMS // cluster
     out_rows, out_columns = out_type.shape[-2:]
     is_blockwise = b.tile == "block"
     block_scales = b.scales.shape[-1]
@@ -74,10 +75,12 @@ def scaled_matmul(
         full, empty, full_blocks, empty_blocks = refs[-4:]
         a_ref, a_scales_ref, b_ref, b_scales_ref, *table_refs = in_refs
         warpgroup, first = lax.axis_index("warpgroup"), lax.axis_index("first")
-        count = lax.div(num_work(table_refs) - first + NUM_SMS - 1, NUM_SMS)
+        rank = lax.axis_index("rank") if cluster > 1 else 0
+        count = lax.div(num_work(table_refs) - first + num_clusters - 1, num_clusters)
 
         def work(index):
-            return work_at(table_refs, first + jnp.minimum(index, jnp.maximum(count - 1, 0)) * NUM_SMS)
+            now = work_at(table_refs, first + jnp.minimum(index, jnp.maximum(count - 1, 0)) * num_clusters)
+            return now._replace(first_column=now.first_column + rank * columns)
 
         def next_slot(slot):
             return jnp.where(slot == stages - 1, 0, slot + 1)
@@ -85,6 +88,7 @@ def scaled_matmul(
         @pl.when(warpgroup == warpgroups)
         def _produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            shared = {"collective_axes": ("rank",)} if cluster > 1 else {}
 
             def load_tile(index, carry):
                 slot, now = carry
@@ -95,7 +99,8 @@ def scaled_matmul(
                 if is_blockwise:
                     parity = lax.rem(index, 2)
                     plgpu.barrier_wait(empty_blocks.at[parity])
-                    line = (*matrix, lax.div(now.first_column, TILE))
+                    last_line = b_scales_ref.shape[-2] - 1
+                    line = (*matrix, jnp.minimum(lax.div(now.first_column, TILE), last_line))
                     for box in scale_boxes(block_scales):
                         source, target = b_scales_ref.at[(*line, box)], b_scales_smem.at[parity, box]
                         plgpu.copy_gmem_to_smem(source, target, full_blocks.at[parity])
@@ -106,7 +111,7 @@ def scaled_matmul(
                     contracted = pl.ds(step * TILE, TILE)
                     arrived = full.at[slot]
                     plgpu.copy_gmem_to_smem(b_ref.at[(*matrix, tile_columns, contracted)], b_smem.at[slot], arrived)
-                    plgpu.copy_gmem_to_smem(a_ref.at[tile_rows, contracted], a_smem.at[slot], arrived)
+                    plgpu.copy_gmem_to_smem(a_ref.at[tile_rows, contracted], a_smem.at[slot], arrived, **shared)
                     plgpu.copy_gmem_to_smem(a_scales_ref.at[step, tile_rows], a_scales_smem.at[slot], arrived)
                     if not is_blockwise:
                         plgpu.copy_gmem_to_smem(b_scales_ref.at[step, tile_columns], b_scales_smem.at[slot], arrived)
@@ -116,7 +121,7 @@ def scaled_matmul(
 
             slot, _ = lax.fori_loop(0, count, load_tile, (jnp.int32(0), work(0)))
 
-            # Every barrier is left as it was found, whatever the number of steps.
+            # Every barrier is left as it was found, and no block exits while a peer of its cluster can still signal it.
             def drain(_, slot):
                 plgpu.barrier_wait(empty.at[slot])
                 return next_slot(slot)
@@ -205,13 +210,19 @@ def scaled_matmul(
             lax.fori_loop(0, count, multiply_tile, (jnp.int32(0), work(0)))
             plgpu.wait_smem_to_gmem(0)
 
+    if cluster > 1:
+        cluster_args = {"cluster": (cluster,), "cluster_names": ("rank",)}
+        empty = plgpu.ClusterBarrier(collective_axes=("rank",), num_barriers=stages, num_arrivals=warpgroups)
+    else:
+        cluster_args, empty = {}, plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups)
     codes_dtype, slots = a.codes.dtype, 1 if stores_directly else tile.store_slots
     b_scales_shape = (2, -(-block_scales // TMA_SCALE_ROW) * TMA_SCALE_ROW) if is_blockwise else (stages, columns)
     out = plgpu.kernel(
         fp8_matmul_kernel,
         out_type=out_type,
-        grid=(NUM_SMS,),
+        grid=(num_clusters,),
         grid_names=("first",),
+        **cluster_args,
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=(
@@ -225,7 +236,7 @@ def scaled_matmul(
                 transforms=swizzled(out_type.dtype, tile.store_columns),
             ),
             plgpu.Barrier(num_barriers=stages, num_arrivals=3 if is_blockwise else 4),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
+            empty,
             plgpu.Barrier(num_barriers=2, num_arrivals=len(scale_boxes(block_scales))),
             plgpu.Barrier(num_barriers=2, num_arrivals=warpgroups),
         ),

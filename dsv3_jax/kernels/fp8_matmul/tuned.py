@@ -19,11 +19,16 @@ class Tile:
     store_slots: int = 1  # stores in flight per warpgroup
     stores_directly: bool = False  # from registers to device memory, where whole tiles fit the output
     raster_rows: int = 8  # row tiles swept together, so that their rows and weights meet in L2
+    cluster: int = 1  # thread blocks with neighbouring columns that share each load of the rows
     fence: bool = False  # a proxy fence before a stage is given back
 
     @property
     def rows(self) -> int:
         return 64 * self.warpgroups
+
+    @property
+    def cluster_columns(self) -> int:
+        return self.columns * self.cluster
 
 
 @dataclasses.dataclass(frozen=True)

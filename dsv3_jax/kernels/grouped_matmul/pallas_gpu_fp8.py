@@ -38,7 +38,7 @@ def grouped_fp8_matmul(
         tile = tuned.grouped_fp8_matmul(out_dtype)
     num_rows, contraction = a.codes.shape
     num_groups, columns, _ = b.codes.shape
-    column_tiles = pl.cdiv(columns, tile.columns)
+    column_tiles = pl.cdiv(columns, tile.cluster_columns)
     live_E = -(-group_sizes_E // alignment) * alignment
     tables = _row_tiles(live_E, tile.rows, max_tiles=num_rows // tile.rows + num_groups)
 
@@ -46,7 +46,12 @@ def grouped_fp8_matmul(
         group_ref, first_row_ref, row_end_ref, num_row_tiles_ref = table_refs
         row, column = plgpu.planar_snake(index, (num_row_tiles_ref[0], column_tiles), 0, tile.raster_rows)
         return Work(
-            group_ref[row], first_row_ref[row], row_end_ref[row], column * tile.columns, 0, num_tiles(contraction)
+            group_ref[row],
+            first_row_ref[row],
+            row_end_ref[row],
+            column * tile.cluster_columns,
+            0,
+            num_tiles(contraction),
         )
 
     out = scaled_matmul(
@@ -79,7 +84,7 @@ def grouped_fp8_weight_gradient(
         tile = tuned.fp8_weight_gradient(out_dtype)
     rows, columns = a.codes.shape[0], b.codes.shape[0]
     (num_groups,) = group_sizes_E.shape
-    row_tiles, column_tiles = pl.cdiv(rows, tile.rows), pl.cdiv(columns, tile.columns)
+    row_tiles, column_tiles = pl.cdiv(rows, tile.rows), pl.cdiv(columns, tile.cluster_columns)
     steps_E = (-(-group_sizes_E // alignment) * (alignment // TILE)).astype(jnp.int32)
     first_step_E = jnp.cumsum(steps_E, dtype=jnp.int32) - steps_E
 
@@ -88,7 +93,9 @@ def grouped_fp8_weight_gradient(
         group = lax.div(index, row_tiles * column_tiles)
         in_group = lax.rem(index, row_tiles * column_tiles)
         row, column = plgpu.planar_snake(in_group, (row_tiles, column_tiles), 1, tile.raster_rows)
-        return Work(group, row * tile.rows, rows, column * tile.columns, first_step_ref[group], steps_ref[group])
+        return Work(
+            group, row * tile.rows, rows, column * tile.cluster_columns, first_step_ref[group], steps_ref[group]
+        )
 
     a, b = with_whole_tiles(a), with_whole_tiles(b)
     out = scaled_matmul(
