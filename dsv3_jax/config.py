@@ -208,6 +208,8 @@ class DataConfig:
 
     corpus: str = setting("", "directory written by launch/prepare_data.py")
     sequence_length: int = setting(4096, "tokens per training sequence")
+    segment_masks: bool = setting(False, "documents packed into one sequence do not see each other, positions begin "
+                                  "at 0 with each; False: as the report packs them")  # fmt: skip
     mixture: str = setting("", "weights as SOURCE=WEIGHT,... (not named: 0), phases as TOKENS:SOURCE=WEIGHT,...;TOKENS:"
                            "...; empty: the weights that the corpus was prepared with")  # fmt: skip
     prefetch_windows: int = setting(256, "sequences read ahead of the step")

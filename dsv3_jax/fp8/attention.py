@@ -19,46 +19,47 @@ from dsv3_jax.kernels.fp8_matmul import fp8_matmul
 
 
 def attention_and_projection(
-    q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, weight: Fp8Weight, *, scale: float
-) -> jax.Array:
-    """Computes softmax(scale · q kᵀ + causal mask) v in the operands' dtype and multiplies all heads with the weight.
+    q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, first_key_BT: jax.Array | None, weight: Fp8Weight, *,
+    scale: float,
+) -> jax.Array:  # fmt: skip
+    """Computes softmax(scale · q kᵀ + mask) v in the operands' dtype and multiplies all heads with the weight.
 
     Args:
-      q_BTNX, k_BTNX, v_BTNU: operands of `kernels.attention`.
+      q_BTNX, k_BTNX, v_BTNU, first_key_BT: operands of `kernels.attention`.
       weight: [N, U, *outputs].
       scale: factor on the scores.
 
     Returns:
       [B, T, *outputs] in q's dtype.
     """
-    y_RD = _attention_and_projection(q_BTNX, k_BTNX, v_BTNU, weight.as_matrix(), scale)
+    y_RD = _attention_and_projection(q_BTNX, k_BTNX, v_BTNU, first_key_BT, weight.as_matrix(), scale)
     return y_RD.reshape(*q_BTNX.shape[:2], *weight.output_dims)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention_and_projection(q_BTNX, k_BTNX, v_BTNU, weight: Fp8Weight, scale: float) -> jax.Array:
-    return _forward(q_BTNX, k_BTNX, v_BTNU, weight, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention_and_projection(q_BTNX, k_BTNX, v_BTNU, first_key_BT, weight: Fp8Weight, scale: float) -> jax.Array:
+    return _forward(q_BTNX, k_BTNX, v_BTNU, first_key_BT, weight, scale)[0]
 
 
-def _forward(q_BTNX, k_BTNX, v_BTNU, weight, scale):
-    out_BTNU, lse_BNT = attend(q_BTNX, k_BTNX, v_BTNU, scale=scale)
+def _forward(q_BTNX, k_BTNX, v_BTNU, first_key_BT, weight, scale):
+    out_BTNU, lse_BNT = attend(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale=scale)
     batch, length, *_ = out_BTNU.shape
     out_RK = pad_rows(out_BTNU.reshape(batch * length, -1))
     rows = quantize_rows(out_RK)
     y_RD = fp8_matmul(rows, weight.forward, out_dtype=out_RK.dtype)[: batch * length]
     kept = checkpoint_name(keep_input(out_RK, None, rows, weight.input_cache), "attention_out")
     lse_BNT = checkpoint_name(lse_BNT, "attention_lse")
-    return y_RD, (q_BTNX, k_BTNX, v_BTNU, kept, lse_BNT, for_backward(weight))
+    return y_RD, (q_BTNX, k_BTNX, v_BTNU, first_key_BT, kept, lse_BNT, for_backward(weight))
 
 
 def _backward(scale, residuals, dy_RD):
-    q_BTNX, k_BTNX, v_BTNU, kept, lse_BNT, weight = residuals
+    q_BTNX, k_BTNX, v_BTNU, first_key_BT, kept, lse_BNT, weight = residuals
     dy_rows, dy_columns = quantize_rows_and_columns(pad_rows(dy_RD))
     dweight_KD = fp8_matmul(input_columns(kept, 0.0), dy_columns, out_dtype=jnp.float32)
     dout_RK = fp8_matmul(dy_rows, weight.backward, out_dtype=dy_RD.dtype)
     out_BTNU, dout_BTNU = (x_RK[: len(dy_RD)].reshape(v_BTNU.shape) for x_RK in (_values(kept, q_BTNX.dtype), dout_RK))
-    dqkv = attention_gradients(q_BTNX, k_BTNX, v_BTNU, out_BTNU, lse_BNT, dout_BTNU, scale=scale)
-    return *dqkv, weight_gradient(weight, dweight_KD)
+    dqkv = attention_gradients(q_BTNX, k_BTNX, v_BTNU, out_BTNU, lse_BNT, dout_BTNU, first_key_BT, scale=scale)
+    return *dqkv, None, weight_gradient(weight, dweight_KD)
 
 
 _attention_and_projection.defvjp(_forward, _backward)

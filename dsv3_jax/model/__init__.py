@@ -12,6 +12,7 @@ from dsv3_jax.model.deepseek_v3 import (
     cast_params,
     count_params,
     decode_step,
+    document_starts,
     forward,
     init_params,
     logits,
@@ -23,6 +24,7 @@ from dsv3_jax.model.deepseek_v3 import (
 from dsv3_jax.model.params import ParamSpec, compute_dtype, with_masters
 
 __all__ = [
-    "Cache", "Forward", "ParamSpec", "cast_params", "compute_dtype", "count_params", "decode_step", "forward",
-    "init_cache", "init_params", "logits", "param_specs", "prefill", "quantize_params", "split_layers", "with_masters",
+    "Cache", "Forward", "ParamSpec", "cast_params", "compute_dtype", "count_params", "decode_step",
+    "document_starts", "forward", "init_cache", "init_params", "logits", "param_specs", "prefill", "quantize_params",
+    "split_layers", "with_masters",
 ]  # fmt: skip

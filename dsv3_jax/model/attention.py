@@ -46,12 +46,15 @@ class Attention(nnx.Module):
         after_attention = Linear(contracted_dims=2, cache_setting="fp8_attention_cache")
         self.o_proj = declare(heads, (None, config.v_head_dim), embed, linear=after_attention)
 
-    def __call__(self, x_BTD: Normed, cosines: jax.Array, sines: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Attends causally over the whole sequence.
+    def __call__(
+        self, x_BTD: Normed, cosines: jax.Array, sines: jax.Array, first_key_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Attends causally over the whole sequence, or over the documents packed into it.
 
         Args:
           x_BTD: input, to be normalised.
-          cosines, sines: rotation of every position, [T, R/2].
+          cosines, sines: rotation of every position, [T, R/2] or [B, T, R/2].
+          first_key_BT: int32 index where the document of every token begins; None: all tokens are one document.
 
         Returns:
           The output [B, T, D], and what a cache keeps of every token: the latent and its rope key, [B, T, C + R].
@@ -64,7 +67,7 @@ class Attention(nnx.Module):
         k_rope_BTNR = jnp.broadcast_to(k_rope_BTR[:, :, None], (*k_nope.shape[:-1], k_rope_BTR.shape[-1]))
         q_BTNX = jnp.concatenate([q_nope, q_rope], axis=-1)
         k_BTNX = jnp.concatenate([k_nope, k_rope_BTNR], axis=-1)
-        out_BTD = self._attend_and_project(q_BTNX, k_BTNX, v_BTNU)
+        out_BTD = self._attend_and_project(q_BTNX, k_BTNX, v_BTNU, first_key_BT)
         return out_BTD, jnp.concatenate([latent_BTC.value(), k_rope_BTR], axis=-1)
 
     def decode(self, x_BTD, cosines, sines, cache_BSZ, lengths_B) -> tuple[jax.Array, jax.Array]:
@@ -122,13 +125,13 @@ class Attention(nnx.Module):
         latent_BTC, k_rope_BTR = jnp.split(kv_BTZ, [self.config.kv_lora_rank], axis=-1)
         return Normed(latent_BTC, self.kv_a_layernorm[...], LATENT_EPS), rope.rotate(k_rope_BTR, cosines, sines)
 
-    def _attend_and_project(self, q_BTNX, k_BTNX, v_BTNU) -> jax.Array:
+    def _attend_and_project(self, *operands: jax.Array | None) -> jax.Array:
         scale = rope.softmax_scale(self.config)
         if not isinstance(self.o_proj[...], Fp8Weight):
             attend = functools.partial(causal_attention, scale=scale)
-            return self._project_out(map_sequences(attend, (q_BTNX, k_BTNX, v_BTNU)))
+            return self._project_out(map_sequences(attend, operands))
         attend_and_project = functools.partial(attention_and_projection, scale=scale)
-        out_BTD = map_sequences(attend_and_project, (q_BTNX, k_BTNX, v_BTNU), (self.o_proj[...],))
+        out_BTD = map_sequences(attend_and_project, operands, (self.o_proj[...],))
         return checkpoint_name(out_BTD, "attention_projected")
 
     def _project_out(self, out_BTNU) -> jax.Array:

@@ -33,10 +33,10 @@ class Block(nnx.Module):
         self.post_attention_layernorm = declare(embed, init="ones")
         self.mlp = MoE(config) if is_moe else FeedForward(config.hidden_size, config.intermediate_size)
 
-    def __call__(self, x_BTD, cosines, sines) -> tuple[jax.Array, jax.Array, MoEStatistics | None]:
+    def __call__(self, x_BTD, cosines, sines, first_key_BT=None) -> tuple[jax.Array, jax.Array, MoEStatistics | None]:
         """Returns the block's output, the latents that a cache keeps, and the routing of a MoE block."""
         x_BTD = constrain(x_BTD, "batch", None, None)
-        attended, cached_BTZ = self.self_attn(self._norm(x_BTD, self.input_layernorm), cosines, sines)
+        attended, cached_BTZ = self.self_attn(self._norm(x_BTD, self.input_layernorm), cosines, sines, first_key_BT)
         y_BTD, statistics = self._feed_forward(x_BTD + attended)
         return y_BTD, cached_BTZ, statistics
 
@@ -57,12 +57,12 @@ class Block(nnx.Module):
         return Normed(x_BTD, weight[...], self.config.rms_norm_eps)
 
 
-def scan_blocks(blocks: Block, x_BTD, cosines, sines) -> tuple[jax.Array, MoEStatistics | None]:
+def scan_blocks(blocks: Block, x_BTD, cosines, sines, first_key_BT) -> tuple[jax.Array, MoEStatistics | None]:
     """Runs a stack of blocks; returns the output and the routing of every layer, stacked."""
     graphdef, layers = nnx.split(blocks)
 
     def run_layer(x_BTD, layer):
-        y_BTD, _, statistics = nnx.merge(graphdef, layer)(x_BTD, cosines, sines)
+        y_BTD, _, statistics = nnx.merge(graphdef, layer)(x_BTD, cosines, sines, first_key_BT)
         return y_BTD, statistics
 
     return jax.lax.scan(remat(run_layer, blocks.config.remat_policy), x_BTD, layers)

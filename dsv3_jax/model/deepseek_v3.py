@@ -63,18 +63,25 @@ class DeepseekV3(nnx.Module):
     def final_norm(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
 
-    def __call__(self, tokens_BT: jax.Array, next_tokens_BT: jax.Array | None) -> Forward:
-        cosines, sines = rope.rotation(self.config, jnp.arange(tokens_BT.shape[1]))
+    def __call__(
+        self, tokens_BT: jax.Array, next_tokens_BT: jax.Array | None, first_key_BT: jax.Array | None
+    ) -> Forward:
+        positions = jnp.arange(tokens_BT.shape[1])
+        if first_key_BT is not None:
+            positions = positions - first_key_BT
+        cosines, sines = rope.rotation(self.config, positions)
         x_BTD = constrain(self.embed(tokens_BT), "batch", None, None)
         routing = {}
         for name, blocks in self.stacks().items():
-            x_BTD, statistics = scan_blocks(blocks, x_BTD, cosines, sines)
+            x_BTD, statistics = scan_blocks(blocks, x_BTD, cosines, sines, first_key_BT)
             if statistics is not None:
                 routing[name] = statistics
         h_BTD, mtp_h = self.final_norm(x_BTD), ()
         if next_tokens_BT is not None and self.config.num_nextn_predict_layers:
             embedded_BTD = self.embed(next_tokens_BT)
-            stacked_h, routing["mtp_layers"] = scan_modules(self.mtp_layers, h_BTD, embedded_BTD, cosines, sines)
+            stacked_h, routing["mtp_layers"] = scan_modules(
+                self.mtp_layers, h_BTD, embedded_BTD, cosines, sines, first_key_BT
+            )
             mtp_h = tuple(stacked_h)
         return Forward(
             h_BTD,
@@ -128,20 +135,29 @@ def count_params(config: ModelConfig, *, with_mtp: bool) -> int:
 
 
 def forward(
-    config: ModelConfig, params: dict, tokens_BT: jax.Array, *, next_tokens_BT: jax.Array | None = None
-) -> Forward:
+    config: ModelConfig, params: dict, tokens_BT: jax.Array, *, next_tokens_BT: jax.Array | None = None,
+    first_key_BT: jax.Array | None = None,
+) -> Forward:  # fmt: skip
     """Runs the network over whole sequences.
 
     Args:
       params: tree of `param_specs`, any float dtype; linears compute in the config's precision.
       tokens_BT: int32 token ids.
       next_tokens_BT: token i+1 at position i; given, the MTP modules run too.
+      first_key_BT: int32 index where the document of every token begins, see `document_starts`; given, positions begin
+        at 0 with every document and attention stays inside it.
 
     Raises:
       ValueError: a sequence longer than max_position_embeddings.
     """
     _require_fits(config, tokens_BT.shape[1])
-    return _bind(config, params)(tokens_BT, next_tokens_BT)
+    return _bind(config, params)(tokens_BT, next_tokens_BT, first_key_BT)
+
+
+def document_starts(tokens_BT: jax.Array, bos_token_id: int) -> jax.Array:
+    """Returns where the document of every token begins, int32 [B, T]: the last bos at or before it, else 0."""
+    indices_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    return jax.lax.cummax(jnp.where(tokens_BT == bos_token_id, indices_T, 0), axis=1)
 
 
 def logits(config: ModelConfig, params: dict, h: jax.Array) -> jax.Array:

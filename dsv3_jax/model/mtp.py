@@ -23,7 +23,9 @@ class MTPModule(nnx.Module):
         self.block = Block(config, is_moe=True)
         self.norm = declare(embed, init="ones")
 
-    def __call__(self, h_BTD, embedded_BTD, cosines, sines) -> tuple[jax.Array, jax.Array, MoEStatistics]:
+    def __call__(
+        self, h_BTD, embedded_BTD, cosines, sines, first_key_BT=None
+    ) -> tuple[jax.Array, jax.Array, MoEStatistics]:
         """Returns the normed hidden state, the latents that a cache keeps, and the routing (eqs. 21-22).
 
         The published weights take the embedding half first, where the report writes the hidden state first.
@@ -31,17 +33,21 @@ class MTPModule(nnx.Module):
         eps = self.config.rms_norm_eps
         halves = [rms_norm(embedded_BTD, self.enorm[...], eps), rms_norm(h_BTD, self.hnorm[...], eps)]
         x_BTD = linear(jnp.concatenate(halves, axis=-1), self.eh_proj[...])
-        y_BTD, cached_BTZ, statistics = self.block(x_BTD, cosines, sines)
+        y_BTD, cached_BTZ, statistics = self.block(x_BTD, cosines, sines, first_key_BT)
         return rms_norm(y_BTD, self.norm[...], eps), cached_BTZ, statistics
 
 
-def scan_modules(modules: MTPModule, h_BTD, next_embedded_BTD, cosines, sines) -> tuple[jax.Array, MoEStatistics]:
+def scan_modules(
+    modules: MTPModule, h_BTD, next_embedded_BTD, cosines, sines, first_key_BT
+) -> tuple[jax.Array, MoEStatistics]:
     """Chains the modules of every depth.
 
     Args:
       h_BTD: the main model's output after its final norm.
       next_embedded_BTD: embedding of token i+1 at position i; deeper modules see it shifted further, and their last
         positions, where no token follows, see the first ones: the loss leaves these out.
+      first_key_BT: where the document of every position begins, or None. A document's last positions see tokens of the
+        next one, and no earlier position sees them: the loss leaves these out as well.
 
     Returns:
       The normed hidden states of every depth, [depth, B, T, D], and the routing of every depth, stacked.
@@ -50,7 +56,7 @@ def scan_modules(modules: MTPModule, h_BTD, next_embedded_BTD, cosines, sines) -
 
     def run_module(carry, layer):
         h_BTD, embedded_BTD = carry
-        h_BTD, _, statistics = nnx.merge(graphdef, layer)(h_BTD, embedded_BTD, cosines, sines)
+        h_BTD, _, statistics = nnx.merge(graphdef, layer)(h_BTD, embedded_BTD, cosines, sines, first_key_BT)
         return (h_BTD, jnp.roll(embedded_BTD, -1, axis=1)), (h_BTD, statistics)
 
     run_module = remat(run_module, modules.config.remat_policy)

@@ -9,7 +9,7 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig, RunConfig, require
 from dsv3_jax.data import EvaluationBatch, Tokenizer
-from dsv3_jax.model import cast_params, forward
+from dsv3_jax.model import cast_params, document_starts, forward
 from dsv3_jax.sharding.mesh import num_batch_shards
 from dsv3_jax.sharding.rules import batch_sharding
 from dsv3_jax.train.loss import chunk_columns, token_cross_entropy
@@ -35,16 +35,20 @@ class Score:
         return math.exp(self.nats / self.num_tokens)
 
 
-def make_score_tokens(config: ModelConfig, mesh: jax.sharding.Mesh, *, chunk_tokens: int) -> ScoreTokens:
+def make_score_tokens(config: ModelConfig, mesh: jax.sharding.Mesh, *, chunk_tokens: int,
+                      segment_masks: bool = False) -> ScoreTokens:  # fmt: skip
     """Builds `score(params, tokens_BT1) -> float32 [B, T]`: -log P in nats of every token after the first.
 
+    With segment_masks a token is predicted from its own document alone, as `data.segment_masks` trains it.
     params may be float32 or cast. The caller enters `jax.set_mesh(mesh)`.
     """
 
     def score(params: dict, tokens_BT1: jax.Array) -> jax.Array:
         params = cast_params(config, params)
         targets_BT = tokens_BT1[:, 1:]
-        h_BTD = forward(config, params, tokens_BT1[:, :-1]).h_BTD
+        inputs_BT = tokens_BT1[:, :-1]
+        first_key_BT = document_starts(inputs_BT, config.bos_token_id) if segment_masks else None
+        h_BTD = forward(config, params, inputs_BT, first_key_BT=first_key_BT).h_BTD
         num_columns = chunk_columns(targets_BT.shape, num_batch_shards(mesh), chunk_tokens)
         return token_cross_entropy(h_BTD, params["lm_head"], targets_BT, num_columns)
 

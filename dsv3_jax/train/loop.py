@@ -207,7 +207,9 @@ def _make_heldout_evaluation(config: RunConfig, mesh, corpus: Corpus):
     """
     if not corpus.num_tokens("heldout"):
         return None
-    score_tokens = make_score_tokens(config.model, mesh, chunk_tokens=config.train.loss_chunk_tokens)
+    score_tokens = make_score_tokens(
+        config.model, mesh, chunk_tokens=config.train.loss_chunk_tokens, segment_masks=config.data.segment_masks
+    )
 
     def evaluate(params: dict) -> dict[str, Score]:
         windows = heldout_windows(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.model import forward
+from dsv3_jax.model import document_starts, forward
 from dsv3_jax.model.layers import exact_if_float32
 
 
@@ -29,6 +29,9 @@ def training_loss(config: RunConfig, params: dict, tokens_BT1: jax.Array, *, mtp
 
     total = main + λ/D · Σ_k L_k + α · balance (§2.1.2, §2.2 equations 24 and 25).
 
+    With `data.segment_masks` documents packed into one sequence do not see each other, and no prediction crosses from
+    one to the next; the divisor of the losses counts these positions all the same.
+
     Args:
       params: float32 master weights; they are rounded where they are used, and their gradients are float32 (§3.3.2).
       tokens_BT1: int32 [B, T+1]; the last T are the targets.
@@ -37,28 +40,38 @@ def training_loss(config: RunConfig, params: dict, tokens_BT1: jax.Array, *, mtp
     """
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     depth = config.model.num_nextn_predict_layers
-    output = forward(config.model, params, inputs_BT, next_tokens_BT=targets_BT if depth else None)
+    starts_BT1 = document_starts(tokens_BT1, config.model.bos_token_id) if config.data.segment_masks else None
+    first_key_BT = None if starts_BT1 is None else starts_BT1[:, :-1]
+    next_tokens_BT = targets_BT if depth else None
+    output = forward(config.model, params, inputs_BT, next_tokens_BT=next_tokens_BT, first_key_BT=first_key_BT)
     num_columns = chunk_columns(targets_BT.shape, num_batch_shards, config.train.loss_chunk_tokens)
-    cross_entropy = functools.partial(mean_cross_entropy, head_DV=params["lm_head"], num_columns=num_columns)
+    cross_entropy = functools.partial(
+        mean_cross_entropy, head_DV=params["lm_head"], targets_BT=targets_BT, num_columns=num_columns,
+        starts_BT1=starts_BT1,
+    )  # fmt: skip
 
-    main = cross_entropy(output.h_BTD, targets_BT=targets_BT)
+    main = cross_entropy(output.h_BTD)
     mtp = jnp.zeros((), jnp.float32)
     for k, h_BTD in enumerate(output.mtp_h, start=1):
-        mtp += cross_entropy(h_BTD, targets_BT=targets_BT, offset=k) / depth
+        mtp += cross_entropy(h_BTD, offset=k) / depth
     total = main + mtp_loss_weight * mtp + config.train.balance_loss_alpha * output.balance_loss
     return total, (Losses(total, main, mtp, output.balance_loss), output.tokens_per_expert)
 
 
 def mean_cross_entropy(h_BTD: jax.Array, *, head_DV: jax.Array, targets_BT: jax.Array, num_columns: int,
-                       offset: int = 0) -> jax.Array:  # fmt: skip
+                       offset: int = 0, starts_BT1: jax.Array | None = None) -> jax.Array:  # fmt: skip
     """Returns -1/(B·T) · Σ log P(target), where position i predicts targets[i + offset].
 
-    The last `offset` positions predict nothing and add nothing; the divisor stays B·T, as in equation 24.
+    The last `offset` positions predict nothing and add nothing; the divisor stays B·T, as in equation 24. The same
+    holds for positions whose target belongs to another document, by the starts of all T + 1 tokens' documents.
     """
     batch, length = targets_BT.shape
-    weights_T = jnp.where(jnp.arange(length) < length - offset, 1 / (batch * length), 0.0)
+    has_target_BT = jnp.broadcast_to(jnp.arange(length) < length - offset, (batch, length))
+    if starts_BT1 is not None:
+        has_target_BT &= jnp.roll(starts_BT1[:, 1:], -offset, axis=1) == starts_BT1[:, :-1]
     shifted_BT = jnp.roll(targets_BT, -offset, axis=1)
-    return weighted_cross_entropy(h_BTD, head_DV, shifted_BT, jnp.broadcast_to(weights_T, (batch, length)), num_columns)
+    weights_BT = jnp.where(has_target_BT, 1 / (batch * length), 0.0)
+    return weighted_cross_entropy(h_BTD, head_DV, shifted_BT, weights_BT, num_columns)
 
 
 def chunk_columns(shape_BT: tuple[int, int], num_batch_shards: int, chunk_tokens: int) -> int:

@@ -183,7 +183,10 @@ def test_attention_with_projection_equals_float64_autodiff_within_the_format(inp
     heads, value_width = 2, 32
     q, k, v = random((2, 9, heads, 48), 0), random((2, 9, heads, 48), 1), random((2, 9, heads, value_width), 2)
     w = weight((heads, value_width, 80), 3, contracted_dims=2, input_cache=input_cache)
-    attend = functools.partial(attention_and_projection, scale=0.3)
+
+    def attend(q, k, v, w):
+        return attention_and_projection(q, k, v, None, w, scale=0.3)
+
     y, dy, (*dqkv, dw) = differentiate(attend, q, k, v, w)
     with jax.enable_x64(True):
 
