@@ -187,6 +187,13 @@ def test_float32_scales_equal_published_bits():
     np.testing.assert_array_equal(codes_of(columns), GOLDEN["act_q_f32"])
 
 
+def test_float32_scales_are_rounded_correctly():
+    """Where XLA divides by multiplying with a reciprocal, half of all quotients would be another number."""
+    amax = np.random.default_rng(0).uniform(1, 2, size=50_000).astype(np.float32)
+    quantized = formats.quantize_rows(amax[:, None], scale_format="float32")
+    np.testing.assert_array_equal(quantized.scales[0], amax / np.float32(448))
+
+
 def test_power_of_two_scales_equal_published_bits():
     quantized = formats.quantize_rows(GOLDEN["a"])
     has_larger_floor = np.abs(GOLDEN["a"]).reshape(37, 3, 128).max(axis=-1) < 1e-4  # the published amax has a floor
@@ -198,7 +205,7 @@ def test_power_of_two_scales_equal_published_bits():
 @pytest.mark.parametrize("shape", [*SHAPES, (200, 700)])
 def test_weight_blocks_equal_published_bits(shape):
     weight = draw(shape, spread=2)
-    weight[-1, -1] = 0 if shape == (1, 1) else weight[-1, -1]
+    weight[-1, -1] = -0.0
     quantized = formats.quantize_weight_blocks(weight)
     codes, scales = quantize_blocks(weight)
     np.testing.assert_array_equal(codes_of(quantized), codes.view(np.uint8))
@@ -206,6 +213,18 @@ def test_weight_blocks_equal_published_bits(shape):
     expected[:, : scales.shape[1]] = scales
     np.testing.assert_array_equal(quantized.scales, expected)
     np.testing.assert_allclose(formats.dequantize(quantized), values_of(quantized), rtol=1e-7)
+
+
+def test_weights_between_two_codes_equal_published_bits():
+    """A quotient in the middle of two codes shows an error of one unit in its last place, even behind a scalar scale."""
+    rng = np.random.default_rng(0)
+    middles = (number_tables.E4M3[:-1] + number_tables.E4M3[1:]) / 2
+    for amax in rng.uniform(1, 2, size=10).astype(np.float32):
+        scale = np.float64(amax / np.float32(448))
+        weight = (rng.choice(middles, size=(128, 128)) * scale).astype(np.float32)
+        weight[0, 0] = amax
+        codes, _ = quantize_blocks(weight)
+        np.testing.assert_array_equal(codes_of(formats.quantize_weight_blocks(weight)), codes.view(np.uint8))
 
 
 def test_stacked_weights_are_quantized_one_by_one():
