@@ -1,5 +1,6 @@
 """The text in a package file: which files of it, decoded, rid of markup, and under which licence."""
 
+import collections
 import dataclasses
 import fnmatch
 import gzip
@@ -61,7 +62,7 @@ def write_text(
         done = json.loads(account.read_text("utf-8"))
         if done["package"] == described:
             return Gathered(**done | {"package": package})
-    files, documents, utf8_bytes, num_undecodable = {}, {}, {}, 0
+    rows, num_undecodable = _RowFiles(directory, package.name), 0
     for path, data in _chosen_files(package, archive):
         text = _text_of(path, data)
         if text is None:
@@ -69,28 +70,43 @@ def write_text(
             continue
         source = package.source or _source_of(path, package, source_of_language)
         for part, piece in enumerate(split_long(text, MAX_TEXT_BYTES)):
-            if len(piece) < MIN_TEXT_CHARACTERS:
-                continue
-            if source not in files:
-                target = directory / source / f"{package.name}.jsonl"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                files[source] = (target, target.with_name(target.name + ".arriving").open("w", encoding="utf-8"))
-            row = {"text": piece, "path": f"{path}#{part}" if part else path}
-            files[source][1].write(json.dumps(row, ensure_ascii=False) + "\n")
-            documents[source] = documents.get(source, 0) + 1
-            utf8_bytes[source] = utf8_bytes.get(source, 0) + len(piece.encode())
-    require(documents, f"package {package.name} include", list(package.include), "matches no file of text")
-    for target, file in files.values():
-        file.close()
-        pathlib.Path(file.name).replace(target)
+            if len(piece) >= MIN_TEXT_CHARACTERS:
+                rows.write(source, piece, f"{path}#{part}" if part else path)
+    require(rows.documents, f"package {package.name} include", list(package.include), "matches no file of text")
+    rows.close()
     licence, licence_text = read_licence(package, archive)
     account.parent.mkdir(parents=True, exist_ok=True)
     account.with_suffix(".txt").write_text(licence_text, "utf-8")
-    gathered = Gathered(package, licence, documents, utf8_bytes, num_undecodable)
+    gathered = Gathered(package, licence, rows.documents, rows.utf8_bytes, num_undecodable)
     arriving = account.with_suffix(".arriving")
     arriving.write_text(json.dumps(dataclasses.asdict(gathered)), "utf-8")
     arriving.replace(account)
     return gathered
+
+
+class _RowFiles:
+    """Writes rows to one file per source; they have their names when they are closed."""
+
+    def __init__(self, directory: pathlib.Path, name: str):
+        self._directory = directory
+        self._name = name
+        self._files = {}
+        self.documents = collections.Counter()
+        self.utf8_bytes = collections.Counter()
+
+    def write(self, source: str, text: str, path: str) -> None:
+        if source not in self._files:
+            (self._directory / source).mkdir(parents=True, exist_ok=True)
+            arriving = self._directory / source / f"{self._name}.jsonl.arriving"
+            self._files[source] = arriving.open("w", encoding="utf-8")
+        self._files[source].write(json.dumps({"text": text, "path": path}, ensure_ascii=False) + "\n")
+        self.documents[source] += 1
+        self.utf8_bytes[source] += len(text.encode())
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+            pathlib.Path(file.name).replace(file.name.removesuffix(".arriving"))
 
 
 def files_of(archive: pathlib.Path) -> Iterator[tuple[str, bytes]]:
