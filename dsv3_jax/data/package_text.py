@@ -77,7 +77,7 @@ def write_text(
     licence, licence_text = read_licence(package, archive)
     account.parent.mkdir(parents=True, exist_ok=True)
     account.with_suffix(".txt").write_text(licence_text, "utf-8")
-    gathered = Gathered(package, licence, rows.documents, rows.utf8_bytes, num_undecodable)
+    gathered = Gathered(package, licence, dict(rows.documents), dict(rows.utf8_bytes), num_undecodable)
     arriving = account.with_suffix(".arriving")
     arriving.write_text(json.dumps(dataclasses.asdict(gathered)), "utf-8")
     arriving.replace(account)
