@@ -127,17 +127,47 @@ def _collect_source(
         for number, part in enumerate(_parts(units))
     ]
     budget = selection.byte_budget(preparation.sources, source, preparation.max_bytes)
-    reports, num_bytes = [], 0
+    reports, num_bytes, rows = [], 0, _Rows(source.name, preparation.max_broken_share)
     with contextlib.closing(runner.map(stages.collect, tasks)) as results:
         for task, report in zip(tasks, results):
             reports.append(report | {"shard": task.shard.name})
             num_bytes += report["utf8_bytes"]
             counter.add(sum(unit.num_bytes for unit in task.units))
-            is_last = len(reports) == len(tasks) or num_bytes >= budget
-            _require_mostly_whole(preparation, source, reports, is_last)
-            if is_last:
+            rows.add(report)
+            if num_bytes >= budget:
                 break
+    rows.judge()
     return reports
+
+
+class _Rows:
+    """Counts a source's rows and raises a ValueError as soon as it is plain that too many are broken."""
+
+    def __init__(self, source: str, max_broken_share: float):
+        self._source = source
+        self._max_broken_share = max_broken_share
+        self._num_rows = 0
+        self._num_broken = 0
+        self._examples = []
+
+    def add(self, report: dict[str, Any]) -> None:
+        self._num_rows += report["rows"]
+        for reason, account in report["rejected"].items():
+            if reason in readers.BROKEN:
+                self._num_broken += account["documents"]
+                self._examples += [Rejected(reason, where, 0, detail) for where, detail in account["examples"]]
+                del self._examples[stages.EXAMPLES :]
+        if self._num_rows >= MIN_ROWS_TO_JUDGE:
+            self.judge()
+
+    def judge(self) -> None:
+        readers.require_mostly_whole(
+            self._source,
+            num_rows=self._num_rows,
+            num_broken=self._num_broken,
+            examples=self._examples,
+            max_broken_share=self._max_broken_share,
+        )
 
 
 def _parts(units: tuple[readers.Unit, ...]) -> Iterator[tuple[readers.Unit, ...]]:
@@ -151,31 +181,6 @@ def _parts(units: tuple[readers.Unit, ...]) -> Iterator[tuple[readers.Unit, ...]
             part, num_bytes = [], 0
     if part:
         yield tuple(part)
-
-
-def _require_mostly_whole(
-    preparation: Preparation, source: Source, reports: list[dict[str, Any]], is_last: bool
-) -> None:
-    num_rows = sum(report["rows"] for report in reports)
-    if not is_last and num_rows < MIN_ROWS_TO_JUDGE:
-        return
-    broken = [
-        (reason, account)
-        for report in reports
-        for reason, account in report["rejected"].items()
-        if reason in readers.BROKEN
-    ]
-    examples = [
-        Rejected(reason, where, 0, detail) for reason, account in broken for where, detail in account["examples"]
-    ]
-    num_broken = sum(account["documents"] for _, account in broken)
-    readers.require_mostly_whole(
-        source.name,
-        num_rows=num_rows,
-        num_broken=num_broken,
-        examples=examples[: stages.EXAMPLES],
-        max_broken_share=preparation.max_broken_share,
-    )
 
 
 def _select(

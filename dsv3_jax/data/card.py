@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv3_jax.data import prepared
+from dsv3_jax.data import prepared, shards
 from dsv3_jax.data.cleaning import REASONS
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def write_card(corpus: pathlib.Path, manifest: dict[str, Any]) -> None:
     _write_plot(corpus / "document_lengths.png", 4.5, lambda axes: draw_lengths(axes, lengths))
     _write_plot(corpus / "bytes_per_token.png", height, lambda axes: draw_bytes_per_token(axes, sources))
     _write_plot(corpus / "removed.png", height, lambda axes: draw_removed(axes, sources))
-    (corpus / CARD).write_text(card_text(manifest, lengths), "utf-8")
+    with shards.written_whole(corpus / CARD) as file:
+        file.write(card_text(manifest, lengths).encode())
 
 
 def card_text(manifest: dict[str, Any], lengths: dict[str, np.ndarray]) -> str:
@@ -261,4 +262,5 @@ def _write_plot(path: pathlib.Path, height: float, draw: Callable[["Axes"], None
     axes = figure.add_subplot()
     axes.set_title(PLOTS[path.name])
     draw(axes)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with shards.written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})

@@ -24,6 +24,8 @@ from dsv3_jax.data.preparation import Preparation
 from dsv3_jax.data.runner import Runner
 from dsv3_jax.data.tokenizer import Tokenizer
 
+ARGUMENTS = "arguments.json"  # in a partial directory: those of the corpus that is being made there
+
 
 def prepare(
     preparation: Preparation, directory: str | pathlib.Path, *, runner: Runner, on_progress: OnProgress
@@ -50,10 +52,10 @@ def prepare(
         given_tokenizer.fim_token_ids  # noqa: B018  raises before any work if it has none
     arguments = _arguments(preparation, given_tokenizer)
     partial = directory.with_name(directory.name + ".partial")
-    is_prepared = _is_prepared(directory, arguments)
-    if is_prepared and not partial.exists():
+    if _is_prepared(directory, arguments) and not (partial / ARGUMENTS).exists():
         return False
     with _claimed(partial, directory):
+        is_prepared = _is_prepared(directory, arguments)  # by another process, meanwhile
         if not is_prepared:
             _require_same_preparation(partial, arguments)
             try:
@@ -118,7 +120,7 @@ def _claimed(partial: pathlib.Path, directory: pathlib.Path) -> Iterator[None]:
 
 
 def _require_same_preparation(partial: pathlib.Path, arguments: dict[str, Any]) -> None:
-    path = partial / "arguments.json"
+    path = partial / ARGUMENTS
     recorded = {"version": prepared.VERSION, **arguments}
     if path.exists():
         fix = f"use those arguments to continue, or remove {partial} to begin anew"

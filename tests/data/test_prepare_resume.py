@@ -129,4 +129,8 @@ def test_a_foreign_partial_directory_is_left_alone(tmp_path, text_directory):
     (tmp_path / "corpus.partial" / "mine").touch()
     with pytest.raises(ValueError, match=r"corpus\.partial': is not an unfinished corpus"):
         prepared_in(tmp_path / "corpus", text_directory)
+    (tmp_path / "corpus.partial").rename(tmp_path / "away")
+    prepared_in(tmp_path / "corpus", text_directory)
+    (tmp_path / "away").rename(tmp_path / "corpus.partial")
+    assert not prepared_in(tmp_path / "corpus", text_directory)
     assert (tmp_path / "corpus.partial" / "mine").exists()
