@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.fp8.formats import E5M6Array, QuantizedArray, e5m6_to_columns, encode_e5m6
+from dsv3_jax.fp8.formats import E5M6Array, QuantizedArray, decode_e5m6, encode_e5m6
 from dsv3_jax.fp8.weight import Fp8Weight
 from dsv3_jax.kernels.block_quantize import (
     quantize_columns,
@@ -105,7 +105,7 @@ def keep_input(x_RK: jax.Array, norm_weight: jax.Array | None, rows: QuantizedAr
 def input_columns(kept: KeptInput, eps: float) -> QuantizedArray:
     """Returns the input in 128x1 tiles, [K, R], for the weight's gradient."""
     if isinstance(kept.cached, E5M6Array):
-        return e5m6_to_columns(kept.cached)
+        return quantize_columns(decode_e5m6(kept.cached).astype(jnp.bfloat16))  # exact
     if kept.cached is not None:
         return rows_to_columns(kept.cached)
     if kept.norm_weight is None:

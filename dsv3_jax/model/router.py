@@ -1,5 +1,6 @@
 """The router (§2.1.2): which experts a token visits, with what weight, and how balanced that is."""
 
+import functools
 import typing
 
 import jax
@@ -21,14 +22,18 @@ def route(config: ModelConfig, gate_DE: jax.Array, bias_E: jax.Array, x_TD: jax.
 
     The bias is added to choose and plays no part in the weights; it gets no gradient.
     """
-    logits_TE = jnp.dot(x_TD.astype(jnp.float32), gate_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    scores_TE = jax.nn.sigmoid(logits_TE)
+    scores_TE = jax.nn.sigmoid(_logits(x_TD, gate_DE))
     biased_TE = jax.lax.stop_gradient(scores_TE + bias_E)
     _, experts_TK = jax.lax.top_k(_keep_best_groups(config, biased_TE), config.num_experts_per_tok)
     weights_TK = jnp.take_along_axis(scores_TE, experts_TK, axis=-1)
     if config.norm_topk_prob:
         weights_TK = weights_TK / (weights_TK.sum(axis=-1, keepdims=True) + 1e-20)
     return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores_TE)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)  # keeps x as it came, not in float32
+def _logits(x_TD: jax.Array, gate_DE: jax.Array) -> jax.Array:
+    return jnp.dot(x_TD.astype(jnp.float32), gate_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 def _keep_best_groups(config: ModelConfig, biased_TE: jax.Array) -> jax.Array:
