@@ -12,8 +12,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
-from dsv3_jax.kernels.fp8_matmul.pipeline import TMA_SCALE_ROW, WARPGROUP_ROWS, scale_boxes, swizzled
 from dsv3_jax.kernels.fp8_matmul.tuned import FewRowsTile
+from dsv3_jax.kernels.scaled_matmul import (
+    TMA_SCALE_ROW,
+    WARPGROUP_ROWS,
+    scale_boxes,
+    swizzled,
+    with_whole_rows,
+    with_whole_tiles,
+)
 
 MAX_ROWS = 2 * WARPGROUP_ROWS
 
@@ -22,6 +29,8 @@ def few_rows_matmul(
     a: QuantizedArray, b: QuantizedArray, *, out_type: jax.ShapeDtypeStruct, tile: FewRowsTile
 ) -> jax.Array:
     """Multiplies row-quantized a [R, K], R <= 128, with the transpose of block-quantized b [C, K]; returns [R, C]."""
+    whole_shape = out_type.shape
+    a, b, out_type = with_whole_tiles(a), with_whole_tiles(b), with_whole_rows(out_type)
     num_rows, contraction = a.codes.shape
     columns, stages, warpgroups, cluster = tile.columns, tile.stages, tile.warpgroups, tile.cluster
     waves = pl.cdiv(num_rows, WARPGROUP_ROWS)
@@ -138,4 +147,5 @@ def few_rows_matmul(
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(a.codes, a.scales, b.codes, b.scales)
-    return lax.optimization_barrier(out)
+    out = lax.optimization_barrier(out)
+    return out if out.shape == whole_shape else out[tuple(map(slice, whole_shape))]

@@ -1,4 +1,4 @@
-"""Grouped products of block-scaled FP8 operands on Hopper GPUs, by the pipeline of `kernels.fp8_matmul`.
+"""Grouped products of block-scaled FP8 operands on Hopper GPUs, by the pipeline of `kernels.scaled_matmul`.
 
 Groups start at multiples of 128 rows. A tile may be taller than what is left of its group: it then multiplies rows of
 the next group too and leaves them out when it stores. Which tile is whose stands in a small table on the device.
@@ -13,9 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
-from dsv3_jax.kernels.fp8_matmul import tuned
-from dsv3_jax.kernels.fp8_matmul.pallas_gpu import whole_columns, with_whole_tiles
-from dsv3_jax.kernels.fp8_matmul.pipeline import Work, scaled_matmul
+from dsv3_jax.kernels.grouped_matmul import tuned_fp8
+from dsv3_jax.kernels.scaled_matmul import Tile, Work, scaled_matmul
 
 
 def grouped_fp8_matmul(
@@ -25,7 +24,7 @@ def grouped_fp8_matmul(
     *,
     alignment: int,
     out_dtype: Any = jnp.bfloat16,
-    tile: tuned.Tile | None = None,
+    tile: Tile | None = None,
 ) -> jax.Array:
     """Multiplies each group's rows of a [M, K] with the transpose of its matrix of b [E, C, K]; returns [M, C].
 
@@ -35,7 +34,7 @@ def grouped_fp8_matmul(
       tile: shape of the work of one thread block; None takes the tuned one.
     """
     if tile is None:
-        tile = tuned.grouped_fp8_matmul(out_dtype)
+        tile = tuned_fp8.product(out_dtype)
     num_rows, contraction = a.codes.shape
     num_groups, columns, _ = b.codes.shape
     column_tiles = pl.cdiv(columns, tile.cluster_columns)
@@ -54,16 +53,15 @@ def grouped_fp8_matmul(
             num_tiles(contraction),
         )
 
-    out = scaled_matmul(
-        with_whole_tiles(a),
-        with_whole_tiles(b),
+    return scaled_matmul(
+        a,
+        b,
         tables,
-        out_type=jax.ShapeDtypeStruct((num_rows, whole_columns(columns, out_dtype)), out_dtype),
+        out_type=jax.ShapeDtypeStruct((num_rows, columns), out_dtype),
         tile=tile,
         num_work=lambda table_refs: table_refs[3][0] * column_tiles,
         work_at=work_at,
     )
-    return out if out.shape[1] == columns else out[:, :columns]
 
 
 def grouped_fp8_weight_gradient(
@@ -73,7 +71,7 @@ def grouped_fp8_weight_gradient(
     *,
     alignment: int,
     out_dtype: Any = jnp.float32,
-    tile: tuned.Tile | None = None,
+    tile: Tile | None = None,
 ) -> jax.Array:
     """Multiplies a [C1, M] with the transpose of b [C2, M] over each group's part of M; returns [E, C1, C2].
 
@@ -81,7 +79,7 @@ def grouped_fp8_weight_gradient(
       tile: shape of the work of one thread block; None takes the tuned one.
     """
     if tile is None:
-        tile = tuned.fp8_weight_gradient(out_dtype)
+        tile = tuned_fp8.weight_gradient(out_dtype)
     rows, columns = a.codes.shape[0], b.codes.shape[0]
     (num_groups,) = group_sizes_E.shape
     row_tiles, column_tiles = pl.cdiv(rows, tile.rows), pl.cdiv(columns, tile.cluster_columns)
@@ -97,17 +95,15 @@ def grouped_fp8_weight_gradient(
             group, row * tile.rows, rows, column * tile.cluster_columns, first_step_ref[group], steps_ref[group]
         )
 
-    a, b = with_whole_tiles(a), with_whole_tiles(b)
-    out = scaled_matmul(
+    return scaled_matmul(
         a,
         b,
         (steps_E, first_step_E),
-        out_type=jax.ShapeDtypeStruct((num_groups, len(a.codes), whole_columns(columns, out_dtype)), out_dtype),
+        out_type=jax.ShapeDtypeStruct((num_groups, rows, columns), out_dtype),
         tile=tile,
         num_work=lambda _: num_groups * row_tiles * column_tiles,
         work_at=work_at,
     )
-    return out if out.shape[1:] == (rows, columns) else out[:, :rows, :columns]
 
 
 def _row_tiles(live_E: jax.Array, tile_rows: int, *, max_tiles: int) -> tuple[jax.Array, ...]:

@@ -11,6 +11,7 @@ returned before the stage is given back. The race detector of the interpreter wa
 2% on an H200.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,12 +22,35 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8.formats import TILE, QuantizedArray
-from dsv3_jax.kernels.fp8_matmul.tuned import NUM_SMS, Tile
 
+NUM_SMS = 132  # H100 SXM and H200; one persistent thread block each
 WARPGROUP_ROWS = 64  # rows of one wgmma
 PRODUCER_REGISTERS = 40  # 24 makes the producer spill
 TMA_SCALE_ROW = 32  # float32 numbers in 128 bytes: where a copy to shared memory may begin
 TMA_BOX = 256  # elements along a side, at most
+WHOLE_ROWS, WHOLE_ROW_BYTES = 8, 128  # TMA reads and writes codes and outputs in such pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """The work of one thread block: a rows x columns tile of the output, 64 rows per multiplying warpgroup."""
+
+    warpgroups: int = 3
+    columns: int = 128  # at most the 128 that share a scale of the weights
+    stages: int = 4  # 128-deep steps in shared memory at one time
+    store_columns: int = 128  # columns per store to device memory
+    store_slots: int = 1  # stores in flight per warpgroup
+    raster_rows: int = 8  # row tiles swept together, so that their rows and weights meet in L2
+    cluster: int = 1  # thread blocks with neighbouring columns that share each load of the rows
+    fence: bool = False  # a proxy fence before a stage is given back
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.warpgroups
+
+    @property
+    def cluster_columns(self) -> int:
+        return self.columns * self.cluster
 
 
 class Work(NamedTuple):
@@ -61,13 +85,15 @@ def scaled_matmul(
       num_work: references to the tables -> number of output tiles.
       work_at: (references to the tables, index) -> `Work`.
     """
+    whole_shape = out_type.shape
+    a, b = with_whole_tiles(a), with_whole_tiles(b)
+    out_type = with_whole_rows(out_type)
     rows, columns, stages, warpgroups, cluster = tile.rows, tile.columns, tile.stages, tile.warpgroups, tile.cluster
     num_clusters = NUM_SMS // cluster
-    out_rows, out_columns = out_type.shape[-2:]
+    out_columns = out_type.shape[-1]
     is_blockwise = b.tile == "block"
     block_scales = b.scales.shape[-1]
     operands = (a.codes, a.scales, b.codes, b.scales, *tables)
-    stores_directly = tile.stores_directly and not out_columns % columns and not out_rows % WARPGROUP_ROWS
 
     # One function because the two roles share barriers, buffers and the order of tiles.
     def fp8_matmul_kernel(*refs):
@@ -179,8 +205,17 @@ def scaled_matmul(
                     give_back(slot)
                     return next_slot(slot), acc
 
+                def skip_step(_, slot):
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.barrier_arrive(empty.at[slot])
+                    return next_slot(slot)
+
+                # A warpgroup whose rows all belong to another tile leaves the tensor cores to the others.
+                first_row = now.first_row + warpgroup * WARPGROUP_ROWS
+                own_steps = jnp.where(first_row < now.row_end, now.num_steps, 0)
                 zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-                slot, acc = lax.fori_loop(0, now.num_steps, multiply_step, (slot, zeros))
+                slot, acc = lax.fori_loop(0, own_steps, multiply_step, (slot, zeros))
+                slot = lax.fori_loop(own_steps, now.num_steps, skip_step, slot)
                 if is_blockwise:
                     plgpu.barrier_arrive(empty_blocks.at[parity])
                 store_tile(acc.astype(out_type.dtype), now)
@@ -190,7 +225,7 @@ def scaled_matmul(
                 matrix = (now.group,) if len(out_type.shape) == 3 else ()
                 first_row = pl.multiple_of(now.first_row, WARPGROUP_ROWS) + warpgroup * WARPGROUP_ROWS
                 block_rows = pl.ds(first_row, WARPGROUP_ROWS)
-                width = columns if stores_directly else tile.store_columns
+                width = tile.store_columns
                 for i, start in enumerate(range(0, columns, width)):
                     first_column = pl.multiple_of(now.first_column, columns) + start
                     block = out_tile[:, start : start + width]
@@ -198,9 +233,6 @@ def scaled_matmul(
                     @pl.when((first_row < now.row_end) & (first_column < out_columns))
                     def _store(i=i, block=block, first_column=first_column):
                         target = out_ref.at[(*matrix, block_rows, pl.ds(first_column, width))]
-                        if stores_directly:
-                            target[...] = block
-                            return
                         buffer = out_smem.at[warpgroup, i % tile.store_slots]
                         plgpu.wait_smem_to_gmem(tile.store_slots - 1, wait_read_only=True)
                         buffer[...] = block
@@ -215,7 +247,7 @@ def scaled_matmul(
         empty = plgpu.ClusterBarrier(collective_axes=("rank",), num_barriers=stages, num_arrivals=warpgroups)
     else:
         cluster_args, empty = {}, plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups)
-    codes_dtype, slots = a.codes.dtype, 1 if stores_directly else tile.store_slots
+    codes_dtype = a.codes.dtype
     b_scales_shape = (2, -(-block_scales // TMA_SCALE_ROW) * TMA_SCALE_ROW) if is_blockwise else (stages, columns)
     out = plgpu.kernel(
         fp8_matmul_kernel,
@@ -231,7 +263,7 @@ def scaled_matmul(
             plgpu.SMEM((stages, rows), jnp.float32),
             plgpu.SMEM(b_scales_shape, jnp.float32),
             plgpu.SMEM(
-                (warpgroups, slots, WARPGROUP_ROWS, tile.store_columns),
+                (warpgroups, tile.store_slots, WARPGROUP_ROWS, tile.store_columns),
                 out_type.dtype,
                 transforms=swizzled(out_type.dtype, tile.store_columns),
             ),
@@ -242,8 +274,32 @@ def scaled_matmul(
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*operands)
-    # Without the barrier XLA runs the kernel twice where a loop also stacks its result for the backward pass.
-    return lax.optimization_barrier(out)
+    # Without the barrier XLA runs the kernel twice where a loop also stacks its result for the backward pass. Weight
+    # gradients are only stacked: without it the kernel writes them where they belong.
+    out = lax.optimization_barrier(out) if is_blockwise else out
+    return out if out.shape == whole_shape else out[tuple(map(slice, whole_shape))]
+
+
+def with_whole_tiles(quantized: QuantizedArray) -> QuantizedArray:
+    """Pads with zeros to what TMA reads. Of the published network only the gradients of 576 latent channels need it."""
+    rows, contraction = quantized.codes.shape[-2:]
+    more_rows, more_contraction = -rows % WHOLE_ROWS, -contraction % WHOLE_ROW_BYTES
+    if not more_rows and not more_contraction:
+        return quantized
+    leading = ((0, 0),) * (quantized.codes.ndim - 2)
+    codes = jnp.pad(quantized.codes, (*leading, (0, more_rows), (0, more_contraction)))
+    scales = quantized.scales
+    if quantized.tile == "row":
+        scales = jnp.pad(scales, (*leading, (0, 0), (0, more_rows)))
+    return dataclasses.replace(quantized, codes=codes, scales=scales)
+
+
+def with_whole_rows(out_type: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns the type of an output that TMA can write and that holds one of the given type."""
+    *leading, rows, columns = out_type.shape
+    columns_multiple = WHOLE_ROW_BYTES // out_type.dtype.itemsize
+    rows, columns = rows + -rows % WHOLE_ROWS, columns + -columns % columns_multiple
+    return jax.ShapeDtypeStruct((*leading, rows, columns), out_type.dtype)
 
 
 def scale_boxes(num_scales: int) -> list[pl.Slice]:

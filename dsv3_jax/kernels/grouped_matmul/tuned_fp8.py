@@ -1,0 +1,19 @@
+"""Tile shapes of the grouped FP8 products, chosen by measurement on one H200 (`launch/tune.py` repeats it)."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from dsv3_jax.kernels.scaled_matmul import Tile
+
+
+def product(out_dtype: Any) -> Tile:
+    """Returns the tile for rows times the matrices of their groups."""
+    if jnp.dtype(out_dtype).itemsize == 2:
+        return Tile(cluster=2, raster_rows=12)
+    return Tile(cluster=2, raster_rows=12, store_columns=32, store_slots=2)
+
+
+def weight_gradient(out_dtype: Any) -> Tile:
+    """Returns the tile for the gradients of the matrices."""
+    return Tile() if jnp.dtype(out_dtype).itemsize == 2 else Tile(store_columns=32, store_slots=2)
