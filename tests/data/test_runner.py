@@ -24,6 +24,11 @@ def killed(number):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def written(path):
+    time.sleep(0.3)
+    path.touch()
+
+
 def local(num_workers):
     return open_runner("local", num_workers=num_workers, ray_address="")
 
@@ -53,6 +58,16 @@ def test_items_are_looked_at_when_a_worker_is_near():
         results.close()
         assert len(looked_at) == 4  # two items for each of two workers
         assert list(runner.map(doubled, [1])) == [2]
+
+
+def test_closing_early_waits_for_what_runs(tmp_path):
+    with local(2) as runner:
+        results = runner.map(written, (tmp_path / str(number) for number in range(100)))
+        next(results)
+        results.close()
+        found = set(tmp_path.iterdir())
+        time.sleep(0.7)
+        assert set(tmp_path.iterdir()) == found and 1 <= len(found) <= 5
 
 
 def test_a_killed_worker_is_an_error_that_says_what_to_do():
