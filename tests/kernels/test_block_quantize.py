@@ -124,11 +124,12 @@ BF16 = functools.partial(jnp.zeros, dtype=jnp.bfloat16)
     ("call", "words"),
     [
         (lambda **kw: op.quantize_rows(jnp.zeros((16, 16)), **kw), "float32: only 16-bit floats"),
-        (lambda **kw: op.quantize_rows(BF16((24, 128)), **kw), r"\[24, 128\]: both dimensions"),
-        (lambda **kw: op.quantize_columns(BF16((0, 128)), **kw), r"\[0, 128\]: both dimensions"),
-        (lambda **kw: op.rms_norm_rows(BF16((16, 80)), jnp.ones(80), 1e-6, **kw), "D=80"),
+        (lambda **kw: op.quantize_rows(BF16((24, 128)), **kw), r"\[24, 128\]: must be positive multiples"),
+        (lambda **kw: op.quantize_columns(BF16((0, 128)), **kw), r"\[0, 128\]: must be positive multiples"),
+        (lambda **kw: op.quantize_rows(BF16((16, 80)), **kw), r"\[16, 80\]: must be positive multiples"),
+        (lambda **kw: op.rms_norm_rows(BF16((16, 384)), jnp.ones(384), 1e-6, **kw), "D=384"),
         (lambda **kw: op.rms_norm_rows(BF16((16, 8320)), jnp.ones(8320), 1e-6, **kw), "D=8320"),
-        (lambda **kw: op.swiglu_rows(BF16((16, 160)), **kw), "F=80"),
+        (lambda **kw: op.swiglu_rows(BF16((16, 192)), **kw), "F=96"),
         (lambda **kw: op.quantize_rows(BF16((16, 128)), **kw), "needs a Hopper GPU.*default device is cpu"),
     ],
 )

@@ -76,16 +76,16 @@ def check(case: Case):
         assert_same(one, other, share=case.share)
 
 
-# name -> ugly shapes: partial tiles along both dimensions; of columns in multiples of 64
+# name -> ugly shapes: partial tiles along both dimensions, rows in multiples of 16
 SHAPES = {
     "quantize_rows": [(144, 192), (16, 64)],
     "quantize_columns": [(192, 320)],
-    "quantize_rows_and_columns": [(192, 320), (128, 128)],
+    "quantize_rows_and_columns": [(208, 320), (128, 128)],
     "rows_to_columns": [(192, 320)],
-    "rms_norm_rows": [(16, 768), (16, 384)],
+    "rms_norm_rows": [(16, 768), (16, 512)],
     "swiglu_rows": [(144, 512)],
     "swiglu_columns": [(192, 256)],
-    "swiglu_gradient": [(192, 512)],
+    "swiglu_gradient": [(208, 512)],
 }
 CALLS = [(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
 
@@ -108,3 +108,29 @@ def interpreter(monkeypatch):
 @pytest.mark.parametrize(("name", "shape"), CALLS)
 def test_kernels_equal_the_reference_without_races(interpreter, name, shape):
     check(make_case(name, *shape))
+
+
+@pytest.mark.parametrize(("name", "shape"), CALLS)
+def test_kernels_lower_for_cuda(name, shape):
+    case = make_case(name, *shape)
+    is_static = tuple(i for i, operand in enumerate(case.operands) if isinstance(operand, float))
+    jax.export.export(jax.jit(getattr(pallas_gpu, name), static_argnums=is_static), platforms=["cuda"])(*case.operands)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("special", ["ordinary", "not finite", "zeros and subnormals"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if "quantize" in name or name == "rows_to_columns"])
+def test_plain_kernels_equal_the_reference_on_a_gpu(name, special):
+    x = np.array(draw((1040, 2112)), np.float32)
+    if special == "not finite":
+        x[5, 300], x[700, 17], x[900, 2000] = np.nan, np.inf, -np.inf
+    elif special == "zeros and subnormals":
+        x[:256], x[256:512] = 0, x[256:512] * 2.0**-135
+    x = jnp.asarray(x, jnp.bfloat16)
+    check(Case(name, (formats.quantize_rows(x),) if name == "rows_to_columns" else (x,)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in SHAPES if "swiglu" in name or "norm" in name])
+def test_fused_kernels_equal_the_reference_on_a_gpu(name):
+    check(make_case(name, 1040, 3072))

@@ -4,7 +4,7 @@ The numerics are those of `dsv3_jax.fp8.formats`; the fused ones quantize straig
 of x, for products over its last dimension; "columns" are 128x1 tiles of x stored as its transpose, for products over
 its rows (the weight gradients). Not differentiable.
 
-Every function takes `implementation`: "pallas_gpu" (Hopper; 16-bit floats, both dimensions multiples of 16) or
+Every function takes `implementation`: "pallas_gpu" (Hopper; 16-bit floats, R a multiple of 16, K of 64) or
 "reference". None picks pallas_gpu on a Hopper GPU for operands it supports, else the reference; a named one runs or
 raises ValueError, as do operands of other ranks or dtypes than documented.
 """
@@ -16,8 +16,9 @@ from dsv3_jax.fp8.formats import TILE, QuantizedArray, require_quantized
 from dsv3_jax.kernels import dispatch
 from dsv3_jax.kernels.block_quantize import reference
 
-SIZE_MULTIPLE = 16  # of the Hopper kernels: rows of codes and of their transpose start at multiples of 16 bytes
-WIDEST_NORM = 8192  # of the Hopper kernel, which reads a row once
+# Of the Hopper kernels: rows of the transpose start at multiples of 16 bytes; columns come in swizzled segments.
+ROW_MULTIPLE, COLUMN_MULTIPLE = 16, 64
+WIDEST_NORM, NORM_MULTIPLE = 8192, 2 * TILE  # of the Hopper kernel, which reads a row once, two tiles at a time
 
 
 def quantize_rows(x_RK: jax.Array, *, implementation: str | None = None) -> QuantizedArray:
@@ -55,15 +56,15 @@ def rms_norm_rows(
       x_RD: rows.
       weight_D: the norm's weight, any float dtype.
       eps: added to the mean square.
-      implementation: as above; pallas_gpu needs D a multiple of 128 up to 8192.
+      implementation: as above; pallas_gpu needs D a multiple of 256 up to 8192, and eps a Python number.
     """
     _require_matrix(x_RD, "x")
     width = x_RD.shape[1]
     if weight_D.shape != (width,):
         raise ValueError(f"weight {weight_D.shape} for x {x_RD.shape}: need [{width}]")
     problem = _array_problem(x_RD)
-    if width % TILE or width > WIDEST_NORM:
-        problem = f"a norm of D={width}: must be a multiple of {TILE} up to {WIDEST_NORM}"
+    if width % NORM_MULTIPLE or width > WIDEST_NORM:
+        problem = f"a norm of D={width}: must be a multiple of {NORM_MULTIPLE} up to {WIDEST_NORM}"
     return _choose(implementation, problem).rms_norm_rows(x_RD, weight_D, eps)
 
 
@@ -145,8 +146,8 @@ def _array_problem(x: jax.Array) -> str | None:
 
 
 def _size_problem(shape: tuple[int, int]) -> str | None:
-    if shape[0] % SIZE_MULTIPLE or shape[1] % SIZE_MULTIPLE or 0 in shape:
-        return f"an array of {list(shape)}: both dimensions must be positive multiples of {SIZE_MULTIPLE}"
+    if shape[0] % ROW_MULTIPLE or shape[1] % COLUMN_MULTIPLE or 0 in shape:
+        return f"an array of {list(shape)}: must be positive multiples of {ROW_MULTIPLE} by {COLUMN_MULTIPLE}"
     return None
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
 from dsv3_jax.kernels.block_quantize.rms_norm import rms_norm_rows
-from dsv3_jax.kernels.block_quantize.tiles import CHUNK, Operand, Result, for_each_tile
+from dsv3_jax.kernels.block_quantize.tiles import CHUNK, Block, Operand, Result, for_each_tile
 
 __all__ = [
     "quantize_columns",
@@ -79,10 +79,10 @@ def swiglu_rows(gate_up_MX: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
     half = width // TILE
 
     def chunk_values(chunk, gate, up):
-        gate, up = gate.rows(chunk), up.rows(chunk)
-        yield gate
-        yield up
-        yield gate * _sigmoid(gate) * up
+        yield gate.rows(chunk)
+        yield up.rows(chunk)
+        gate_values = gate.rows(chunk)
+        yield gate_values * _sigmoid(gate_values) * up.rows(chunk)
 
     gate_up, hidden = for_each_tile(
         chunk_values,
@@ -122,14 +122,14 @@ def swiglu_gradient(gate_up: QuantizedArray, dhidden_MF: jax.Array) -> tuple[Qua
     rows, width = dhidden_MF.shape
     half = width // TILE
 
-    def gradients(gate, up, dhidden):
-        sigmoid = _sigmoid(gate)
-        yield dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))
-        yield dhidden * gate * sigmoid
-
-    def chunk_values(chunk, *blocks):
-        yield from gradients(*(block.rows(chunk) for block in blocks))
-        yield from gradients(*(block.columns(chunk) for block in blocks))
+    # dhidden is read again for every result: held across results, operands would not fit the registers.
+    def chunk_values(chunk, gate, up, dhidden):
+        for read in (Block.rows, Block.columns):
+            gate_values = read(gate, chunk)
+            sigmoid = _sigmoid(gate_values)
+            silu = gate_values * sigmoid
+            yield read(dhidden, chunk) * read(up, chunk) * (sigmoid + silu * (1 - sigmoid))
+            yield read(dhidden, chunk) * silu
 
     by_rows, by_columns = for_each_tile(
         chunk_values,

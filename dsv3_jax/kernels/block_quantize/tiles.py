@@ -19,6 +19,8 @@ from dsv3_jax.fp8 import formats
 from dsv3_jax.fp8.formats import E4M3, TILE, QuantizedArray
 
 ROW_MULTIPLE = 16  # of the rows of every tensor
+SEGMENT = 64  # columns that lie together in shared memory; the columns of every operand are a multiple
+NARROW_SEGMENT = 16  # of codes whose columns are not
 CHUNK = 64  # rows that a warpgroup quantizes at a time: 64 values per thread
 _GRID_NAMES = ("row", "column")
 _LARGEST_INTEGER, _ABOVE_INFINITY = 0x7FFFFFFF, 0x7FFFFF  # bits of float32
@@ -51,14 +53,15 @@ class Block(NamedTuple):
 
     values: Any
     scales: Any | None  # of codes: one per row
+    row_layout: Any  # in registers
 
     def rows(self, chunk) -> jax.Array:
         """Returns 64 rows of the tile, float32 [64, 128]."""
         own = pl.ds(chunk * CHUNK, CHUNK)
-        values = plgpu.layout_cast(self.values[own], ROWS).astype(jnp.float32)
+        values = plgpu.layout_cast(self.values[own], self.row_layout).astype(jnp.float32)
         if self.scales is None:
             return values
-        scales = plgpu.layout_cast(self.scales[own], ROWS.reduce(1))
+        scales = plgpu.layout_cast(self.scales[own], self.row_layout.reduce(1))
         return values * lax.broadcast_in_dim(scales, values.shape, [0])
 
     def columns(self, chunk) -> jax.Array:
@@ -100,6 +103,8 @@ def for_each_tile(
       warpgroups: of a thread block; None for one per chunk.
     """
     chunks = tile_rows // CHUNK
+    # A copy cannot end within a segment. Narrow ones are for what is transposed: there, rows are read like columns.
+    is_segmented = all(contraction % SEGMENT == 0 for _, contraction in output_shapes)
     arrays, types, transfers = _in_shared_memory(operands, tile_rows)
     slots = len(results) if slots is None else slots
     warpgroups = chunks if warpgroups is None else warpgroups
@@ -157,7 +162,11 @@ def for_each_tile(
         number = 0
         copies = iter(copies)
         blocks = [
-            Block(next(copies), next(copies) if isinstance(operand.tensor, QuantizedArray) else None)
+            Block(
+                next(copies),
+                next(copies) if isinstance(operand.tensor, QuantizedArray) else None,
+                ROWS if is_segmented else COLUMNS,
+            )
             for operand in operands
         ]
         for turn in range(chunks // warpgroups):
@@ -181,8 +190,8 @@ def for_each_tile(
         thread_name="warpgroup",
         scratch_types=(
             *types,
-            _shared((warpgroups, slots, CHUNK, TILE), E4M3),
-            _shared((warpgroups, slots, CHUNK), jnp.float32),
+            _tiled((warpgroups, slots, CHUNK, TILE), E4M3, columns=SEGMENT if is_segmented else NARROW_SEGMENT),
+            plgpu.SMEM((warpgroups, slots, CHUNK), jnp.float32),
             plgpu.Barrier(num_arrivals=len(arrays)),
         ),
         compiler_params=plgpu.CompilerParams(
@@ -201,23 +210,24 @@ def _in_shared_memory(operands: list[Operand], tile_rows: int) -> tuple[list, li
         is_quantized = isinstance(tensor, QuantizedArray)
         array = tensor.codes if is_quantized else tensor
         arrays.append(array)
-        types.append(_shared((tile_rows, TILE), array.dtype))
+        types.append(_tiled((tile_rows, TILE), array.dtype))
         transfers.append(
             lambda i, j, first=first_tile: (pl.ds(i * tile_rows, tile_rows), pl.ds((j + first) * TILE, TILE))
         )
         if is_quantized:
             arrays.append(tensor.scales)
-            types.append(_shared((tile_rows,), jnp.float32))
+            types.append(plgpu.SMEM((tile_rows,), jnp.float32))
             transfers.append(lambda i, j, first=first_tile: (j + first, pl.ds(i * tile_rows, tile_rows)))
     return arrays, types, transfers
 
 
-def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Declares blocks of shared memory, codes and values swizzled so that rows and columns meet no bank conflict."""
-    if dtype == jnp.float32:
-        return plgpu.SMEM(shape, dtype)
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(64 * jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+def _tiled(shape: tuple[int, ...], dtype: Any, *, columns: int = SEGMENT) -> Any:
+    """Declares tiles in shared memory in segments of columns, arranged for accesses without bank conflicts."""
+    segments = plgpu.TilingTransform((8, columns))
+    if columns == NARROW_SEGMENT:
+        return plgpu.SMEM(shape, dtype, transforms=(segments,))
+    swizzle = plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)
+    return plgpu.SMEM(shape, dtype, transforms=(segments, swizzle))
 
 
 def quantize(values: jax.Array) -> tuple[jax.Array, jax.Array]:
