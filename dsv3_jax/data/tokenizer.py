@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -128,6 +129,17 @@ class Tokenizer:
         """
         # The batch call alone skips the offsets into the text, which take a third of the time.
         return self._backend.encode_batch_fast([_encodable(text)], add_special_tokens=False)[0].ids
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Encodes any bytes, without bos and eos: UTF-8 as its text, every other byte as that byte's token."""
+        ids = []
+        for text, stray in re.findall("([^\udc80-\udcff]+)|([\udc80-\udcff])", data.decode("utf-8", "surrogateescape")):
+            ids += self.encode(text) if text else [self._token_of_byte[ord(stray) - 0xDC00]]
+        return ids
+
+    @functools.cached_property
+    def _token_of_byte(self) -> dict[int, int]:
+        return {token[0]: token_id for token_id, token in enumerate(self.token_bytes) if len(token) == 1}
 
     def encode_prompt(self, text: str) -> list[int]:
         """Encodes the beginning of a document: bos, then the text. What a model is given to continue."""

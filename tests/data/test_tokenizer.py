@@ -37,6 +37,17 @@ def test_every_text_survives_the_round_trip(tokenizer, text):
     assert tokenizer.num_bytes_of_token[ids].sum() == len(text.encode())
 
 
+@given(st.binary() | st.lists(st.sampled_from([b"\xff", "é".encode(), b"\xc3", b" end.\n"])).map(b"".join))
+@settings(deadline=None)
+def test_all_bytes_survive_the_round_trip(tokenizer, data):
+    ids = tokenizer.encode_bytes(data)
+    assert tokenizer.decode_bytes(ids) == data
+    try:
+        assert ids == tokenizer.encode(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        assert "\ufffd" in tokenizer.decode(ids)
+
+
 def test_every_byte_has_a_token(tokenizer):
     assert {bytes([byte]) for byte in range(256)} <= set(tokenizer.token_bytes)
     assert tokenizer.decode([tokenizer.token_bytes.index(b"\xff")]) == "\ufffd"
