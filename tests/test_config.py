@@ -36,6 +36,7 @@ REFUSED = [
     ({"data.sequence_length": 0}, "data.sequence_length=0", "greater than 0"),
     ({"data.sequence_length": 163841}, "data.sequence_length=163841", "model.max_position_embeddings=163840"),
     ({"data.sequence_length": 1}, "data.sequence_length=1", "exceed model.num_nextn_predict_layers=1"),
+    ({"data.reader_threads": -1}, "data.reader_threads=-1", "not be negative"),
     ({"train.batch_size": 0}, "train.batch_size=0", "greater than 0"),
     ({"train.learning_rate": 0.0}, "train.learning_rate=0.0", "greater than 0"),
     ({"train.warmup_steps": -1}, "train.warmup_steps=-1", "not be negative"),

@@ -83,7 +83,7 @@ def split_batch(config: RunConfig, tokens_BT: np.ndarray) -> np.ndarray:
     rows = config.train.rows_per_pass
     tokens_ABT = tokens_BT.reshape(-1, rows, tokens_BT.shape[1])
     unused = config.train.max_passes - len(tokens_ABT)
-    return np.pad(tokens_ABT, ((0, unused), (0, 0), (0, 0)))
+    return np.pad(tokens_ABT, ((0, unused), (0, 0), (0, 0))) if unused else tokens_ABT
 
 
 def update_state(config: RunConfig, state: TrainState, grads: dict, losses: Losses, tokens_per_expert: dict,
