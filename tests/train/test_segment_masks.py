@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import MeshConfig
-from dsv3_jax.model import document_starts, forward
+from dsv3_jax.model import document_starts, forward, rope
 from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.testing.networks import QUICK_COMPILE, small_config, telling_params
 from dsv3_jax.train.evaluate import make_score_tokens
@@ -89,6 +89,22 @@ def test_loss_and_gradients_are_those_of_the_documents_alone(segmented):
         for key in path:
             mine = mine[key.key]
         np.testing.assert_allclose(mine, gradient, atol=2e-5 * np.abs(gradient).max() + 1e-9, err_msg=str(path))
+
+
+def test_positions_begin_with_every_document(monkeypatch):
+    """Rotations are relative and would not show it, so here a position scales what it should turn."""
+
+    def scaling(config, positions):
+        scales = jnp.repeat(positions[..., None] + 1.0, config.qk_rope_head_dim // 2, axis=-1)
+        return scales, jnp.zeros_like(scales)
+
+    monkeypatch.setattr(rope, "rotation", scaling)
+    model = small_config(num_hidden_layers=1, num_nextn_predict_layers=0)
+    params, tokens_BT = telling_params(model, 0), packed_tokens()[:1, :LENGTH]
+    h_TD = forward(model, params, tokens_BT, first_key_BT=document_starts(tokens_BT, BOS)).h_BTD[0]
+    begin = STARTS[0][-1]
+    alone_TD = forward(model, params, tokens_BT[:, begin:]).h_BTD[0]
+    np.testing.assert_allclose(h_TD[begin:], alone_TD, rtol=1e-4, atol=1e-5)
 
 
 def test_scores_are_those_of_the_documents_alone(segmented):
