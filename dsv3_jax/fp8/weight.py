@@ -6,8 +6,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from dsv3_jax.fp8.formats import QuantizedArray, dequantize, quantize_weight_blocks, transpose_blocks
+from dsv3_jax.kernels import device
 
 
 @functools.partial(
@@ -68,3 +70,11 @@ def quantize_weight(
     if not with_gradient:
         return Fp8Weight(None, forward, None, output_dims, input_cache)
     return Fp8Weight(weight, forward, backward, output_dims, input_cache)
+
+
+@functools.cache
+def warn_without_kernels() -> None:
+    """Says once, where the default device has no FP8 kernels, that the numbers are right and the speed is not."""
+    if not device.is_hopper():
+        kind = jax.devices()[0].device_kind
+        logging.warning("precision=fp8: %s has no FP8 kernels; the reference computes the same numbers, slowly", kind)

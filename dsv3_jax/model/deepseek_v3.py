@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig, require
+from dsv3_jax.fp8.weight import warn_without_kernels
 from dsv3_jax.model import rope
 from dsv3_jax.model.block import Block, scan_blocks, scan_blocks_with_cache
 from dsv3_jax.model.cache import Cache
@@ -111,6 +112,8 @@ def cast_params(config: ModelConfig, params: dict) -> dict:
 
     Norms, router and biases stay float32; with precision=fp8 the weights of linears become codes.
     """
+    if config.precision == "fp8":
+        warn_without_kernels()
     return cast_from_specs(config, param_specs(config), params)
 
 
@@ -122,6 +125,7 @@ def quantize_params(config: ModelConfig, params: dict) -> dict:
     """
     if config.precision != "fp8" or is_quantized(params):
         return params
+    warn_without_kernels()
     return quantize_from_specs(config, param_specs(config), params, with_gradient=True)
 
 

@@ -17,8 +17,9 @@ from dsv3_jax.checkpoint.training import TrainingCheckpoints, newest_step, read_
 from dsv3_jax.config import RunConfig, require
 from dsv3_jax.data import Corpus, Tokenizer, TrainBatches, heldout_windows, open_corpus
 from dsv3_jax.data.prepared import TOKENIZER
-from dsv3_jax.sharding.mesh import make_mesh
+from dsv3_jax.sharding.mesh import make_mesh, num_batch_shards
 from dsv3_jax.train import schedule
+from dsv3_jax.train.activation_memory import activation_lines
 from dsv3_jax.train.ema import host_structs, init_ema, update_ema
 from dsv3_jax.train.evaluate import Score, heldout_batch_size, make_score_tokens, score_sources, total
 from dsv3_jax.train.metrics import RunLog, Screen, Throughput, fetch, progress_line, step_record
@@ -64,7 +65,7 @@ def train(config: RunConfig, workdir: str | Path) -> signal.Signals | None:
         copy_tokenizer(workdir, corpus)
         state, ema = _start_or_resume(config, mesh, checkpoints, workdir, screen)
         reporter = _Reporter(config, workdir, progress.step, screen, batches, num_devices=mesh.size)
-        for line in source_lines(batches):
+        for line in source_lines(batches) + activation_lines(config, num_batch_shards=num_batch_shards(mesh)):
             screen.say(line)
         is_saved, is_evaluated = newest_step(workdir) == progress.step, progress.step > 0
 

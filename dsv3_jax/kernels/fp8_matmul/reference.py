@@ -13,8 +13,8 @@ from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
 def fp8_matmul(a: QuantizedArray, b: QuantizedArray, *, out_dtype: Any) -> jax.Array:
     """Multiplies [R, K] with [C, K] along K, one tile of 128 at a time; see the op's own function.
 
-    Codes are multiplied as bfloat16, which holds them exactly; float32 sums of 128 such products are then scaled and
-    added in float32, as the Hopper kernel does.
+    Codes are multiplied as float32, exactly on every device; sums of 128 such products are then scaled and added in
+    float32, as the Hopper kernel does. (As bfloat16, some would become products that XLA's CPU runtime lacks.)
     """
     contraction = a.codes.shape[-1]
     steps = num_tiles(contraction)
@@ -23,7 +23,7 @@ def fp8_matmul(a: QuantizedArray, b: QuantizedArray, *, out_dtype: Any) -> jax.A
     def add_tile(y_RC, tile):
         codes_a_RI, codes_b_CI, scales_a_R, scales_b_C = tile
         partial_RC = jax.lax.dot_general(
-            codes_a_RI.astype(jnp.bfloat16), codes_b_CI.astype(jnp.bfloat16), (((1,), (1,)), ((), ())),
+            codes_a_RI.astype(jnp.float32), codes_b_CI.astype(jnp.float32), (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )  # fmt: skip
         return y_RC + partial_RC * (scales_a_R[:, None] * scales_b_C), None
