@@ -59,8 +59,7 @@ def train(config: RunConfig, num_steps: int) -> tuple[list[float], dict]:
 def test_fp8_learns_what_bf16_learns():
     """From one seed both bring the loss from 4.2 to 1.0, FP8 1% above or below on average and 6% at any step.
 
-    At this width a sum has a hundred terms and rounding averages out little: single steps differ by up to 4%. Without
-    the gradient of one kind of linear the curves part by more.
+    At this width a sum has a hundred terms and rounding averages out little: single steps differ by up to 4%.
     """
     fp8, bf16 = (
         np.array(train(override(CONFIG, {"model.precision": precision}), STEPS)[0]) for precision in ("fp8", "bf16")
