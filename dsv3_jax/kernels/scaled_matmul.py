@@ -188,7 +188,7 @@ def scaled_matmul(
                     if is_blockwise:
                         b_scale = b_scales_smem[parity, now.first_step + index]
                     plgpu.barrier_wait(full.at[slot])
-                    a_scale = plgpu.load(a_scales_smem.at[slot, own_rows], layout=plgpu.Layout.WGMMA.reduce(1))
+                    a_scale = plgpu.load(a_scales_smem, (slot, own_rows), layout=plgpu.Layout.WGMMA.reduce(1))
 
                     def multiply(partial_ref):
                         plgpu.wgmma(partial_ref, a_smem.at[slot, own_rows], b_smem.at[slot].T)
@@ -199,7 +199,7 @@ def scaled_matmul(
                         give_back(slot)
                         return next_slot(slot), acc + partial * lax.broadcast_in_dim(a_scale * b_scale, shape, [0])
                     # Read only now, and a few at a time: 32 more registers would not be there.
-                    b_scale = plgpu.load(b_scales_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
+                    b_scale = plgpu.load(b_scales_smem, (slot, slice(None)), layout=plgpu.Layout.WGMMA.reduce(0))
                     scale = lax.broadcast_in_dim(a_scale, shape, [0]) * lax.broadcast_in_dim(b_scale, shape, [1])
                     acc = acc + partial * scale
                     give_back(slot)

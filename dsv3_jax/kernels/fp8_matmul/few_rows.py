@@ -83,7 +83,7 @@ def few_rows_matmul(
                 plgpu.barrier_wait(full.at[slot])
                 new_sums = []
                 for own_rows, sum_ in zip(wave_rows, sums):
-                    a_scale = plgpu.load(a_scales_smem.at[slot, own_rows], layout=plgpu.Layout.WGMMA.reduce(1))
+                    a_scale = plgpu.load(a_scales_smem, (slot, own_rows), layout=plgpu.Layout.WGMMA.reduce(1))
 
                     def multiply(partial_ref, own_rows=own_rows):
                         plgpu.wgmma(partial_ref, a_smem.at[slot, own_rows], b_smem.at[slot].T)
@@ -112,7 +112,7 @@ def few_rows_matmul(
                     plgpu.barrier_wait(summed)
                 for own_rows, sum_ in zip(wave_rows, sums):
                     for other in range(warpgroups - 1):
-                        sum_ += plgpu.load(sums_smem.at[other, own_rows], layout=plgpu.Layout.WGMMA)
+                        sum_ += plgpu.load(sums_smem, (other, own_rows), layout=plgpu.Layout.WGMMA)
                     out_smem[own_rows] = sum_.astype(out_type.dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_smem, out_ref.at[pl.ds(0, rows), pl.ds(first_column, columns)])
