@@ -104,7 +104,7 @@ class _Speed(rich_progress.ProgressColumn):
 
     def render(self, task: rich_progress.Task) -> str:
         seconds = task.finished_time if task.finished else task.elapsed
-        return f"{task.completed / seconds / 1e6:6.1f} MB/s" if seconds and task.completed else ""
+        return f"{task.completed / seconds / 1e6:6.2f} MB/s" if seconds and task.completed else ""
 
 
 class _TimeLeft(rich_progress.ProgressColumn):
@@ -126,7 +126,7 @@ def _print_summary(console: rich_console.Console) -> None:
         for reason, account in source["removed"].items():
             removed[reason] = removed.get(reason, 0) + account["documents"]
     listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(removed.items()))
-    console.print(f"vocabulary {corpus.vocab_size:,}; left out: {listed or 'nothing'}", highlight=False)
+    console.print(f"vocabulary {corpus.vocab_size:,}; left out: {listed or 'nothing'}", highlight=False, soft_wrap=True)
     console.print(f"data card: {_OUTPUT.value}/{CARD}", highlight=False)
 
 

@@ -247,6 +247,7 @@ def _encode(
         encoded[source].append(partial / "encoded" / documents.name)
         tasks.append(
             stages.EncodeTask(
+                source=source,
                 documents=documents,
                 shard=encoded[source][-1],
                 dispositions=dispositions,

@@ -198,18 +198,18 @@ def _name_examples(
     repeats: np.ndarray,
     paths: Sequence[pathlib.Path],
 ) -> None:
-    """Adds to the accounts a few pairs of ids: of a removed document, and of the one that it repeats."""
+    """Adds to the accounts a few pairs of names: of a removed document, and of the one that it repeats."""
     for number, source in enumerate(sources):
         own = np.flatnonzero(table.sources[documents] == number)[:EXAMPLES]
         for document, repeated in zip(documents[own], repeats[own]):
-            names = [_id_of(document, table, paths), _id_of(repeated, table, paths)]
+            names = [_name_of(number, sources, table, paths) for number in (document, repeated)]
             removed[source.name][reason]["examples"].append(names)
 
 
-def _id_of(document: int, table: _Documents, paths: Sequence[pathlib.Path]) -> str:
+def _name_of(document: int, sources: Sequence[Source], table: _Documents, paths: Sequence[pathlib.Path]) -> str:
     shard = int(np.searchsorted(table.starts, document, side="right")) - 1
     (ids,) = shards.read_index(shards.index(paths[shard]), "ids")
-    return ids[document - table.starts[shard]]
+    return f"{sources[table.sources[document]].name}: {ids[document - table.starts[shard]]}"
 
 
 def _hold_out(dispositions: np.ndarray, digests: np.ndarray, kept: np.ndarray, heldout_fraction: float) -> None:

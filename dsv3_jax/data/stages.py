@@ -83,6 +83,7 @@ def collect(task: CollectTask) -> dict[str, Any]:
 class EncodeTask:
     """A shard of documents to encode."""
 
+    source: str
     documents: pathlib.Path  # shard of documents, without suffix
     shard: pathlib.Path  # shard of tokens, without suffix
     dispositions: np.ndarray  # int8 [documents]: removed, train or held out
@@ -115,7 +116,7 @@ def encode(task: EncodeTask) -> int:
                 tokens, counts = encode_document(
                     tokenizer,
                     text,
-                    document_id=document_id,
+                    document_id=f"{task.source}:{document_id}",  # sources may hold files of the same name
                     seed=task.seed,
                     fim_rate=task.fim_rate if split == "train" else 0.0,
                     boundary_split_share=task.boundary_split_share if split == "train" else 0.0,

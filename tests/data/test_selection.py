@@ -65,7 +65,7 @@ def test_the_first_of_equal_documents_stays_across_shards_and_sources(tmp_path):
     assert chosen.removed["a"]["exact_duplicate"] == {
         "documents": 2,
         "utf8_bytes": len(thrice) + len(twice),
-        "examples": [["0000.txt", "0001.txt"], ["0000.txt", "0000.txt"]],
+        "examples": [["a: 0000.txt", "b: 0001.txt"], ["a: 0000.txt", "b: 0000.txt"]],
     }
     assert chosen.train_bytes == {"b": len(once + twice + thrice), "a": 0}
     assert chosen.kept_bytes == len(once + twice + thrice)
