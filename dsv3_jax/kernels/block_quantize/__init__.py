@@ -2,7 +2,7 @@
 
 The numerics are those of `dsv3_jax.fp8.formats`; the fused ones quantize straight from float32. "Rows" are 1x128 tiles
 of x, for products over its last dimension; "columns" are 128x1 tiles of x stored as its transpose, for products over
-its rows (the weight gradients). Not differentiable.
+its rows (the weight gradients). Weights have 128x128 blocks with float32 scales. Not differentiable.
 
 Every function takes `implementation`: "pallas_gpu" (Hopper; 16-bit floats, R a multiple of 16, K of 64) or
 "reference". None picks pallas_gpu on a Hopper GPU for operands it supports, else the reference; a named one runs or
@@ -119,6 +119,26 @@ def swiglu_gradient(
     return _choose(implementation, problem).swiglu_gradient(gate_up, dhidden_MF)
 
 
+def quantize_weights(
+    weight_KN: jax.Array, *, implementation: str | None = None
+) -> tuple[QuantizedArray, QuantizedArray]:
+    """Quantizes weights by the rule of published checkpoints: per block, scale = max(amax, 1e-4) / 448.
+
+    A block with a value that is not finite has a scale that is not finite, and no number survives in it.
+
+    Args:
+      weight_KN: [..., K, N], computed in float32; leading dimensions are separate matrices.
+      implementation: as above; pallas_gpu needs float32, K and N multiples of 16.
+
+    Returns:
+      Block-quantized [..., N, K], for the linear, and [..., K, N], for the gradient of its input: the same codes and
+      scales.
+    """
+    if weight_KN.ndim < 2 or not jnp.issubdtype(weight_KN.dtype, jnp.floating):
+        raise ValueError(f"weight is {weight_KN.dtype}{list(weight_KN.shape)}: need matrices of floats, [..., K, N]")
+    return _choose(implementation, _weight_problem(weight_KN)).quantize_weights(weight_KN)
+
+
 def _choose(implementation: str | None, problem: str | None):
     """Returns the module whose functions run."""
     if not dispatch.runs_pallas(implementation, problem):
@@ -154,3 +174,11 @@ def _size_problem(shape: tuple[int, int]) -> str | None:
 def _halves_problem(shape: tuple[int, int]) -> str | None:
     width = shape[1] // 2
     return f"gate and up of F={width}: must be a multiple of {TILE}" if width % TILE else None
+
+
+def _weight_problem(weight: jax.Array) -> str | None:
+    if weight.dtype != jnp.float32:
+        return f"{weight.dtype} weights: only float32"
+    if weight.shape[-2] % ROW_MULTIPLE or weight.shape[-1] % ROW_MULTIPLE or 0 in weight.shape:
+        return f"weights of {list(weight.shape)}: K and N must be positive multiples of {ROW_MULTIPLE}"
+    return None

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
 from dsv3_jax.kernels.block_quantize.rms_norm import rms_norm_rows
 from dsv3_jax.kernels.block_quantize.tiles import CHUNK, Block, Operand, Result, for_each_tile
+from dsv3_jax.kernels.block_quantize.weights import quantize_weights
 
 __all__ = [
     "quantize_columns",
     "quantize_rows",
     "quantize_rows_and_columns",
+    "quantize_weights",
     "rms_norm_rows",
     "rows_to_columns",
     "swiglu_columns",

@@ -48,3 +48,10 @@ def swiglu_gradient(gate_up: QuantizedArray, dhidden_MF: jax.Array) -> tuple[Qua
     dgate_MF = dhidden_MF * up * sigmoid * (1 + gate * (1 - sigmoid))
     dup_MF = dhidden_MF * gate * sigmoid
     return quantize_rows_and_columns(jnp.concatenate([dgate_MF, dup_MF], axis=-1))
+
+
+@jax.jit
+def quantize_weights(weight_KN: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
+    """Quantizes in blocks, transposed and as it is."""
+    backward = formats.quantize_weight_blocks(weight_KN)
+    return formats.transpose_blocks(backward), backward

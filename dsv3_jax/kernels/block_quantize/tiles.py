@@ -87,7 +87,7 @@ def for_each_tile(
     tile_rows: int,
     name: str,
     slots: int | None = None,
-    warpgroups: int | None = None,
+    warpgroups: int = 1,
 ) -> list[QuantizedArray]:
     """Quantizes what is computed of each tile.
 
@@ -100,14 +100,13 @@ def for_each_tile(
       tile_rows: 64 or 128; 128 where columns are quantized.
       name: what profiles call the kernel.
       slots: results that a warpgroup holds in shared memory at a time; None for all.
-      warpgroups: of a thread block; None for one per chunk.
+      warpgroups: of a thread block.
     """
     chunks = tile_rows // CHUNK
     # A copy cannot end within a segment. Narrow ones are for what is transposed: there, rows are read like columns.
     is_segmented = all(contraction % SEGMENT == 0 for _, contraction in output_shapes)
     arrays, types, transfers = _in_shared_memory(operands, tile_rows)
     slots = len(results) if slots is None else slots
-    warpgroups = chunks if warpgroups is None else warpgroups
 
     def kernel(*refs):
         inputs, refs = refs[: len(arrays)], refs[len(arrays) :]
