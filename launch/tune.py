@@ -1,6 +1,10 @@
-"""Ranks tile shapes of the grouped-matmul kernels on the GPU at hand; its `tuned.py` holds the choice.
+"""Ranks tiles of the Hopper products on the GPU at hand; the `tuned.py` and `tuned_fp8.py` of the ops hold the choice.
 
-python launch/tune.py --groups=32 --rows=1024 --contraction=7168 --columns=4096
+    python launch/tune.py --operation=grouped_product --tile=cluster=2 --tile=cluster=2,raster_rows=12
+    python launch/tune.py --operation=few_rows --tile=columns=32,warpgroups=4,stages=8 --json=few_rows.json
+
+Every --tile is measured beside the tuned one over all sizes of the operation's benchmark; the last rows are geometric
+means. What ranks first is printed as the expression that belongs into the table.
 """
 
 import dataclasses
@@ -10,60 +14,106 @@ from absl import flags
 
 from dsv3_jax import config_flags
 
-GROUPS = flags.DEFINE_integer("groups", 8, "groups", lower_bound=1)
-ROWS = flags.DEFINE_integer("rows", 4096, "rows of every group", lower_bound=1)
-CONTRACTION = flags.DEFINE_integer("contraction", 7168, "K of [M, K] x [K, N]", lower_bound=64)
-COLUMNS = flags.DEFINE_integer("columns", 4096, "N of [M, K] x [K, N]", lower_bound=64)
+OPERATIONS = (
+    "product", "few_rows", "weight_gradient", "grouped_product", "grouped_weight_gradient", "grouped_product_bf16",
+    "grouped_weight_gradient_bf16",
+)  # fmt: skip
+OPERATION = flags.DEFINE_enum("operation", None, OPERATIONS, "what is measured; FP8 unless it says BF16", required=True)
+TILES = flags.DEFINE_multi_string("tile", [], "fields to change in the operation's tile, NAME=INTEGER,...; repeatable")
+MODE = flags.DEFINE_enum("mode", "burst", ["burst", "steady"], "how it is timed; few_rows always steadily")
+CASES = flags.DEFINE_string("cases", "", "only sizes whose names contain this")
 JSON = flags.DEFINE_string("json", None, "file that gets the results with the hardware and the versions")
+TUNED = "tuned"
 
 
 def main() -> None:
     import jax
-    import jax.numpy as jnp
 
-    from dsv3_jax.benchmarks import report
-    from dsv3_jax.benchmarks.kernels import draw_grouped, jax_contender
-    from dsv3_jax.benchmarks.timing import burst_medians
+    from dsv3_jax.benchmarks import contests, report
     from dsv3_jax.kernels import device
-    from dsv3_jax.kernels.grouped_matmul import pallas_gpu, tuned
 
     if not device.is_hopper():
-        raise ValueError(f"no Hopper GPU to tune for: JAX found only {jax.default_backend()}")
-    x, w, dy, sizes = draw_grouped(GROUPS.value, ROWS.value, CONTRACTION.value, COLUMNS.value)
-    wide = tuned.Tile()
-    narrow_store = dataclasses.replace(wide, store_columns=64)
-    variants = [
-        {}, {"cluster": 2}, {"raster_rows": 16}, {"cluster": 2, "raster_rows": 16}, {"cluster": 2, "raster_rows": 32},
-    ]  # fmt: skip
-    passes = {
-        "product": (
-            functools.partial(pallas_gpu.rows_times_weights, weights_are_transposed=False), (x, w, sizes), wide,
-        ),
-        "input gradient": (
-            functools.partial(pallas_gpu.rows_times_weights, weights_are_transposed=True), (dy, w, sizes), wide,
-        ),
-        "weight gradient, bf16": (
-            functools.partial(pallas_gpu.weight_gradient, out_dtype=jnp.bfloat16), (x, dy, sizes), wide,
-        ),
-        "weight gradient, float32": (
-            functools.partial(pallas_gpu.weight_gradient, out_dtype=jnp.float32), (x, dy, sizes), narrow_store,
-        ),
-    }  # fmt: skip
-    flops = 2 * GROUPS.value * ROWS.value * CONTRACTION.value * COLUMNS.value
-    rows = []
-    for name, (multiply, operands, base) in passes.items():
-        tiles = {str(variant): dataclasses.replace(base, **variant) for variant in variants}
-        contenders = {
-            text: jax_contender(functools.partial(multiply, tile=tile), *operands) for text, tile in tiles.items()
-        }
-        seconds = burst_medians(contenders)
-        rows += [
-            {"case": name, "implementation": text, "ms": value * 1e3, "TFLOP/s": flops / value / 1e12}
-            for text, value in sorted(seconds.items(), key=lambda item: item[1])
-        ]
-    report.show(f"{GROUPS.value} x {ROWS.value} rows, {CONTRACTION.value} -> {COLUMNS.value}", rows)
+        raise ValueError(f"no Hopper GPU to tune for: JAX found {jax.devices()[0].device_kind}")
+    held, operands, multiply, base = operation(OPERATION.value)
+    tiles = {text: change(base, text) for text in TILES.value}
+    entrants = (contests.Entrant(TUNED, operands, multiply),)
+    entrants += tuple(
+        contests.Entrant(text, operands, functools.partial(multiply, tile=tile)) for text, tile in tiles.items()
+    )
+    held = [dataclasses.replace(contest, entrants=entrants) for contest in held if CASES.value in contest.case]
+    mode = "steady" if OPERATION.value == "few_rows" else MODE.value
+    rows = contests.hold(held, against=TUNED, with_torch=False, modes=(mode,))
+    report.show(OPERATION.value, rows)
+    means = [row for row in rows if row["case"] == contests.GEOMETRIC_MEAN]
+    best = max(means, key=lambda row: row[f"{mode} of {TUNED}"])["implementation"]
+    print(f"best: {TUNED if best == TUNED else expression(tiles[best])}")
     if JSON.value:
-        report.save(JSON.value, "tune", rows)
+        report.save(JSON.value, {OPERATION.value: rows})
+
+
+def operation(name: str):
+    """Returns the contests of an operation, which operands it takes, its function of (operands, tile), and a tile."""
+    import jax.numpy as jnp
+
+    from dsv3_jax.benchmarks import fp8_products as sizes
+    from dsv3_jax.kernels.fp8_matmul import pallas_gpu as dense
+    from dsv3_jax.kernels.fp8_matmul import tuned
+    from dsv3_jax.kernels.grouped_matmul import pallas_gpu as grouped_bf16
+    from dsv3_jax.kernels.grouped_matmul import pallas_gpu_fp8 as grouped
+    from dsv3_jax.kernels.grouped_matmul import tuned as tuned_bf16
+    from dsv3_jax.kernels.grouped_matmul import tuned_fp8
+
+    bf16, float32, aligned = jnp.bfloat16, jnp.float32, {"alignment": 128}
+    by_group = [(*groups, *shape) for groups in sizes.GROUPS for shape in sizes.GROUPED_SHAPES]
+    products = [sizes.grouped_contest(*case) for case in by_group]
+    gradients = [sizes.grouped_gradient_contest(*case) for case in by_group]
+    if name == "product":
+        held = [sizes.dense_contest(*shape, weights=True) for shape in sizes.DENSE_SHAPES]
+        return held, "fp8", dense.fp8_matmul, tuned.fp8_matmul(bf16)
+    if name == "few_rows":
+        held = [
+            sizes.dense_contest(t, *shape, weights=True) for t in sizes.DECODE_TOKENS for shape in sizes.DECODE_SHAPES
+        ]
+        return held, "fp8", dense.fp8_matmul, tuned.FewRowsTile(columns=64)
+    if name == "weight_gradient":
+        held = [sizes.dense_contest(n, k, tokens, weights=False) for tokens, n, k in sizes.DENSE_SHAPES]
+        return held, "fp8", functools.partial(dense.fp8_matmul, out_dtype=float32), tuned.fp8_matmul(float32)
+    if name == "grouped_product":
+        return products, "fp8", functools.partial(grouped.grouped_fp8_matmul, **aligned), tuned_fp8.product(bf16)
+    if name == "grouped_weight_gradient":
+        multiply = functools.partial(grouped.grouped_fp8_weight_gradient, **aligned)
+        return gradients, "fp8", multiply, tuned_fp8.weight_gradient(float32)
+    if name == "grouped_product_bf16":
+        multiply = functools.partial(grouped_bf16.rows_times_weights, weights_are_transposed=False)
+        return products, "bf16", multiply, tuned_bf16.rows_times_weights(4096)
+    multiply = functools.partial(grouped_bf16.weight_gradient, out_dtype=bf16)
+    return gradients, "bf16", multiply, tuned_bf16.weight_gradient(7168, 4096, bf16)
+
+
+def change(tile, text: str):
+    """Returns a tile with fields replaced as "name=integer,..." says.
+
+    Raises:
+      ValueError: not of that form, or no field of this tile.
+    """
+    names = {field.name: field.type for field in dataclasses.fields(tile)}
+    values = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in names or not value.isdigit():
+            raise ValueError(f"--tile={text}: {part!r} must be NAME=INTEGER, NAME one of {', '.join(names)}")
+        values[name] = bool(int(value)) if isinstance(getattr(tile, name), bool) else int(value)
+    return dataclasses.replace(tile, **values)
+
+
+def expression(tile) -> str:
+    """Returns the Python expression of a tile, without fields that have their default."""
+    given = [
+        f"{field.name}={getattr(tile, field.name)!r}"
+        for field in dataclasses.fields(tile)
+        if field.default is dataclasses.MISSING or getattr(tile, field.name) != field.default
+    ]
+    return f"{type(tile).__name__}({', '.join(given)})"
 
 
 if __name__ == "__main__":

@@ -32,20 +32,20 @@ TORCH_FP8, TORCH_BF16 = "torch FP8", "torch BF16"
 
 def product_rows(*, with_torch: bool) -> list[Row]:
     """Times 1x128-scaled activations times 128x128-scaled weights, BF16 result: outputs and input gradients."""
-    contests = [_dense_contest(*shape, weights=True) for shape in DENSE_SHAPES]
+    contests = [dense_contest(*shape, weights=True) for shape in DENSE_SHAPES]
     return hold(contests, against=TORCH_FP8, with_torch=with_torch, modes=("burst", "steady"))
 
 
 def decode_rows(*, with_torch: bool) -> list[Row]:
     """Times the product for few tokens, where reading the weights is the floor: steadily, weights never in cache."""
-    contests = [_dense_contest(tokens, *shape, weights=True) for tokens in DECODE_TOKENS for shape in DECODE_SHAPES]
+    contests = [dense_contest(tokens, *shape, weights=True) for tokens in DECODE_TOKENS for shape in DECODE_SHAPES]
     return hold(contests, against=TORCH_FP8, with_torch=with_torch, modes=("steady",))
 
 
 def weight_gradient_rows(*, with_torch: bool) -> list[Row]:
     """Times products of 1x128-scaled operands over the tokens, float32 result [N, K]."""
     contests = [
-        _dense_contest(columns, contraction, tokens, weights=False) for tokens, columns, contraction in DENSE_SHAPES
+        dense_contest(columns, contraction, tokens, weights=False) for tokens, columns, contraction in DENSE_SHAPES
     ]
     return hold(contests, against=TORCH_FP8, with_torch=with_torch, modes=("burst", "steady"))
 
@@ -54,14 +54,14 @@ def grouped_rows(*, with_torch: bool) -> list[Row]:
     """Times the experts' products and weight gradients, ours in FP8 and BF16 beside torch's in BF16."""
     contests = [
         make(*groups, *shape)
-        for make in (_grouped_contest, _grouped_gradient_contest)
+        for make in (grouped_contest, grouped_gradient_contest)
         for groups in GROUPS
         for shape in GROUPED_SHAPES
     ]
     return hold(contests, against=TORCH_BF16, with_torch=with_torch, modes=("burst", "steady"))
 
 
-def _dense_contest(rows: int, columns: int, contraction: int, *, weights: bool) -> Contest:
+def dense_contest(rows: int, columns: int, contraction: int, *, weights: bool) -> Contest:
     """Multiplies [rows, contraction] with the transpose of [columns, contraction], block-scaled or row-scaled."""
     out_dtype = jnp.bfloat16 if weights else jnp.float32
 
@@ -88,7 +88,7 @@ def _dense_contest(rows: int, columns: int, contraction: int, *, weights: bool) 
     )
 
 
-def _grouped_contest(num_groups: int, group_rows: int, columns: int, contraction: int) -> Contest:
+def grouped_contest(num_groups: int, group_rows: int, columns: int, contraction: int) -> Contest:
     """Multiplies the rows of each group with the transpose of its [columns, contraction] matrix."""
     num_rows = num_groups * group_rows
 
@@ -119,7 +119,7 @@ def _grouped_contest(num_groups: int, group_rows: int, columns: int, contraction
     )
 
 
-def _grouped_gradient_contest(num_groups: int, group_rows: int, columns: int, contraction: int) -> Contest:
+def grouped_gradient_contest(num_groups: int, group_rows: int, columns: int, contraction: int) -> Contest:
     """Multiplies inputs [M, contraction] and output gradients [M, columns] over the rows of each group."""
     num_rows = num_groups * group_rows
 

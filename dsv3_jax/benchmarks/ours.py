@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from dsv3_jax.benchmarks.networks import DECODE_BATCHES, NEW_TOKENS, PROMPT_LENGTH, WORKLOADS, Workload
-from dsv3_jax.config import override
+from dsv3_jax.config import ModelConfig, override
 from dsv3_jax.model import cast_params, init_params
+from dsv3_jax.model.kept_activations import kept_bytes
 from dsv3_jax.serve.engine import generate_tokens
 from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.train import schedule
@@ -40,8 +41,10 @@ def train_step(workload: Workload, precision: str) -> list[dict]:
             state, metrics = step(state, tokens_ABT, settings)
             jax.block_until_ready((state, metrics))
             seconds.append(time.perf_counter() - start)
-    step_s = statistics.median(seconds[WARMUP_STEPS:])
-    return [{"step_s": step_s, "loss": float(metrics["loss"]), "peak_gb": _peak_bytes() / 1e9}]
+    return [{
+        "step_s": statistics.median(seconds[WARMUP_STEPS:]), "loss": float(metrics["loss"]),
+        "peak_gb": _peak_bytes() / 1e9, "activations_gb": _activation_bytes(config.model, workload) / 1e9,
+    }]  # fmt: skip
 
 
 def decode(workload: Workload) -> list[dict]:
@@ -68,6 +71,13 @@ def decode(workload: Workload) -> list[dict]:
         tokens_per_s = (all_count - first_count) / (all_s - first_s)
         results.append({"batch": batch, "first_token_s": first_s, "decode_tokens_per_s": tokens_per_s})
     return results
+
+
+def _activation_bytes(model: ModelConfig, workload: Workload) -> int:
+    """Returns what all layers keep of one batch for the backward pass."""
+    kept = kept_bytes(model, batch_size=workload.batch_size, length=workload.sequence_length)
+    layers = {"dense": model.num_dense_layers, "moe": model.num_moe_layers + model.num_nextn_predict_layers}
+    return sum(layers[kind] * sum(sizes.values()) for kind, sizes in kept.items())
 
 
 def _peak_bytes() -> int:
