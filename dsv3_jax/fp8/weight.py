@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from dsv3_jax.fp8.formats import QuantizedArray, dequantize, quantize_weight_blocks, transpose_blocks
+from dsv3_jax.fp8.formats import QuantizedArray, dequantize
 from dsv3_jax.kernels import device
+from dsv3_jax.kernels.block_quantize import quantize_weights
 
 
 @functools.partial(
@@ -65,8 +66,7 @@ def quantize_weight(
     batch, inner = weight.shape[:batch_dims], weight.shape[batch_dims:]
     contracted, output_dims = inner[:contracted_dims], inner[contracted_dims:]
     matrix_KN = jax.lax.stop_gradient(weight).reshape(*batch, math.prod(contracted), math.prod(output_dims))
-    backward = quantize_weight_blocks(matrix_KN)
-    forward = transpose_blocks(backward)
+    forward, backward = quantize_weights(matrix_KN)
     if not with_gradient:
         return Fp8Weight(None, forward, None, output_dims, input_cache)
     return Fp8Weight(weight, forward, backward, output_dims, input_cache)
