@@ -96,7 +96,7 @@ def swiglu_rows(gate_up_MX: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
         [Result(0), Result(0, half), Result(1)],
         output_shapes=[(rows, 2 * width), (rows, width)],
         extent=(rows, half),
-        tile_rows=CHUNK,
+        tile_rows=CHUNK // 2,
         name="swiglu_rows",
     )
     return hidden, gate_up
@@ -128,14 +128,13 @@ def swiglu_gradient(gate_up: QuantizedArray, dhidden_MF: jax.Array) -> tuple[Qua
     rows, width = dhidden_MF.shape
     half = width // TILE
 
-    # dhidden is read again for every result: held across results, operands would not fit the registers.
+    # Both gradients before either is quantized: that leaves the registers for three thread blocks on an SM.
     def chunk_values(chunk, gate, up, dhidden):
         for read in (Block.rows, Block.columns):
-            gate_values = read(gate, chunk)
+            gate_values, dhidden_values = read(gate, chunk), read(dhidden, chunk)
             sigmoid = _sigmoid(gate_values)
-            silu = gate_values * sigmoid
-            yield read(dhidden, chunk) * read(up, chunk) * (sigmoid + silu * (1 - sigmoid))
-            yield read(dhidden, chunk) * silu
+            dup = dhidden_values * gate_values * sigmoid
+            yield from ((dhidden_values * sigmoid + dup * (1 - sigmoid)) * read(up, chunk), dup)
 
     by_rows, by_columns = for_each_tile(
         chunk_values,
@@ -144,7 +143,7 @@ def swiglu_gradient(gate_up: QuantizedArray, dhidden_MF: jax.Array) -> tuple[Qua
         output_shapes=[(rows, 2 * width), (2 * width, rows)],
         extent=(rows, half),
         tile_rows=TILE,
-        slots=2,
+        slots=1,
         name="swiglu_gradient",
     )
     return by_rows, by_columns

@@ -56,8 +56,9 @@ class Block(NamedTuple):
     row_layout: Any  # in registers
 
     def rows(self, chunk) -> jax.Array:
-        """Returns 64 rows of the tile, float32 [64, 128]."""
-        own = pl.ds(chunk * CHUNK, CHUNK)
+        """Returns a chunk of the tile's rows, float32 [64, 128], or all of fewer."""
+        rows = min(CHUNK, self.values.shape[0])
+        own = pl.ds(chunk * rows, rows)
         values = plgpu.layout_cast(self.values[own], self.row_layout).astype(jnp.float32)
         if self.scales is None:
             return values
@@ -92,17 +93,18 @@ def for_each_tile(
     """Quantizes what is computed of each tile.
 
     Args:
-      chunk_values: (chunk, *blocks of the operands) -> iterator over the float32 [64, 128] values of each result.
+      chunk_values: (chunk, *blocks of the operands) -> iterator over the float32 [chunk, 128] values of each result.
       operands: what a thread block reads.
       results: what it writes, in the order of the values.
       output_shapes: [R, K] of each output tensor.
       extent: rows, and tiles along columns, of what the grid of thread blocks covers.
-      tile_rows: 64 or 128; 128 where columns are quantized.
+      tile_rows: 32, 64 or 128; 128 where columns are quantized.
       name: what profiles call the kernel.
       slots: results that a warpgroup holds in shared memory at a time; None for all.
       warpgroups: of a thread block.
     """
-    chunks = tile_rows // CHUNK
+    chunk_rows = min(CHUNK, tile_rows)
+    chunks = tile_rows // chunk_rows
     # A copy cannot end within a segment. Narrow ones are for what is transposed: there, rows are read like columns.
     is_segmented = all(contraction % SEGMENT == 0 for _, contraction in output_shapes)
     arrays, types, transfers = _in_shared_memory(operands, tile_rows)
@@ -128,18 +130,18 @@ def for_each_tile(
             output, first_tile, is_transposed = results[number % len(results)]
             along_rows, along_columns = i, j + first_tile
             if is_transposed:
-                row, tile = along_columns * TILE + chunk * CHUNK, along_rows
+                row, tile = along_columns * TILE + chunk * chunk_rows, along_rows
             else:
-                row, tile = along_rows * tile_rows + chunk * CHUNK, along_columns
-            rows, num_rows = pl.ds(row, CHUNK), output_shapes[output][0]
+                row, tile = along_rows * tile_rows + chunk * chunk_rows, along_columns
+            rows, num_rows = pl.ds(row, chunk_rows), output_shapes[output][0]
 
             def copy_out():
                 codes, scales = outputs[2 * output : 2 * output + 2]
                 plgpu.copy_smem_to_gmem(own_codes, codes.at[rows, pl.ds(tile * TILE, TILE)], commit_group=False)
-                if num_rows % CHUNK == 0:
+                if num_rows % chunk_rows == 0:
                     plgpu.copy_smem_to_gmem(own_scales, scales.at[tile, rows], commit_group=False)
                     return
-                for first in range(0, CHUNK, ROW_MULTIPLE):  # contiguous copies know no rows: they run into the next
+                for first in range(0, chunk_rows, ROW_MULTIPLE):  # a contiguous copy would run into the next tile
 
                     @pl.when(row + first < num_rows)
                     def _copy(first=first):
@@ -147,7 +149,7 @@ def for_each_tile(
                         rows = pl.ds(row + first, ROW_MULTIPLE)
                         plgpu.copy_smem_to_gmem(piece, scales.at[tile, rows], commit_group=False)
 
-            if chunks > 1 and 0 < num_rows % TILE <= CHUNK:
+            if chunks > 1 and 0 < num_rows % TILE <= chunk_rows:
                 pl.when(row < num_rows)(copy_out)
             else:
                 copy_out()
@@ -189,8 +191,8 @@ def for_each_tile(
         thread_name="warpgroup",
         scratch_types=(
             *types,
-            _tiled((warpgroups, slots, CHUNK, TILE), E4M3, columns=SEGMENT if is_segmented else NARROW_SEGMENT),
-            plgpu.SMEM((warpgroups, slots, CHUNK), jnp.float32),
+            _tiled((warpgroups, slots, chunk_rows, TILE), E4M3, columns=SEGMENT if is_segmented else NARROW_SEGMENT),
+            plgpu.SMEM((warpgroups, slots, chunk_rows), jnp.float32),
             plgpu.Barrier(num_arrivals=len(arrays)),
         ),
         compiler_params=plgpu.CompilerParams(
