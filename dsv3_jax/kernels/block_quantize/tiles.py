@@ -22,7 +22,6 @@ ROW_MULTIPLE = 16  # of the rows of every tensor
 SEGMENT = 64  # columns that lie together in shared memory; the columns of every operand are a multiple
 NARROW_SEGMENT = 16  # of codes whose columns are not
 CHUNK = 64  # rows that a warpgroup quantizes at a time: 64 values per thread
-_GRID_NAMES = ("row", "column")
 _ABOVE_INFINITY = 0xFFFFFF  # bits of a float32 infinity, shifted by the sign, to the largest integer
 
 # Eight lanes share a row and hold 8 neighbours of each of its halves: 16-byte loads, 3 shuffles for a maximum.
@@ -88,7 +87,6 @@ def for_each_tile(
     tile_rows: int,
     name: str,
     slots: int | None = None,
-    warpgroups: int = 1,
 ) -> list[QuantizedArray]:
     """Quantizes what is computed of each tile.
 
@@ -100,8 +98,7 @@ def for_each_tile(
       extent: rows, and tiles along columns, of what the grid of thread blocks covers.
       tile_rows: 32, 64 or 128; 128 where columns are quantized.
       name: what profiles call the kernel.
-      slots: results that a warpgroup holds in shared memory at a time; None for all.
-      warpgroups: of a thread block.
+      slots: results held in shared memory at a time; None for one of each.
     """
     chunk_rows = min(CHUNK, tile_rows)
     chunks = tile_rows // chunk_rows
@@ -114,17 +111,13 @@ def for_each_tile(
         inputs, refs = refs[: len(arrays)], refs[len(arrays) :]
         outputs, refs = refs[: 2 * len(output_shapes)], refs[2 * len(output_shapes) :]
         copies, (codes_smem, scales_smem, is_full) = refs[: len(arrays)], refs[len(arrays) :]
-        i, j, warpgroup = lax.axis_index("row"), lax.axis_index("column"), lax.axis_index("warpgroup")
-
-        def load():
-            for source, copy, index_of in zip(inputs, copies, transfers):
-                plgpu.copy_gmem_to_smem(source.at[index_of(i, j)], copy, is_full)
+        i, j = lax.axis_index("row"), lax.axis_index("column")
 
         def store(number, chunk, values):
             slot = number % slots
             if number >= slots:
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-            own_codes, own_scales = codes_smem.at[warpgroup, slot], scales_smem.at[warpgroup, slot]
+            own_codes, own_scales = codes_smem.at[slot], scales_smem.at[slot]
             own_codes[...], own_scales[...] = quantize(values)
             plgpu.commit_smem()
             output, first_tile, is_transposed = results[number % len(results)]
@@ -155,10 +148,8 @@ def for_each_tile(
                 copy_out()
             plgpu.commit_smem_to_gmem_group()
 
-        if warpgroups > 1:
-            pl.when(warpgroup == 0)(load)
-        else:
-            load()
+        for source, copy, index_of in zip(inputs, copies, transfers):
+            plgpu.copy_gmem_to_smem(source.at[index_of(i, j)], copy, is_full)
         plgpu.barrier_wait(is_full)
         number = 0
         copies = iter(copies)
@@ -170,8 +161,7 @@ def for_each_tile(
             )
             for operand in operands
         ]
-        for turn in range(chunks // warpgroups):
-            chunk = warpgroup + turn * warpgroups if warpgroups > 1 else turn
+        for chunk in range(chunks):
             for values in chunk_values(chunk, *blocks):
                 store(number, chunk, values)
                 number += 1
@@ -185,14 +175,12 @@ def for_each_tile(
     outputs = plgpu.kernel(
         kernel,
         out_type=tuple(out_types),
-        grid=tuple({"row": pl.cdiv(extent[0], tile_rows), "column": extent[1]}[name] for name in _GRID_NAMES),
-        grid_names=_GRID_NAMES,
-        num_threads=warpgroups,
-        thread_name="warpgroup",
+        grid=(pl.cdiv(extent[0], tile_rows), extent[1]),
+        grid_names=("row", "column"),
         scratch_types=(
             *types,
-            _tiled((warpgroups, slots, chunk_rows, TILE), E4M3, columns=SEGMENT if is_segmented else NARROW_SEGMENT),
-            plgpu.SMEM((warpgroups, slots, chunk_rows), jnp.float32),
+            _tiled((slots, chunk_rows, TILE), E4M3, columns=SEGMENT if is_segmented else NARROW_SEGMENT),
+            plgpu.SMEM((slots, chunk_rows), jnp.float32),
             plgpu.Barrier(num_arrivals=len(arrays)),
         ),
         compiler_params=plgpu.CompilerParams(
