@@ -86,8 +86,7 @@ def quantize_weights(weight_KN: jax.Array) -> tuple[QuantizedArray, QuantizedArr
 
             largest_bits = plgpu.layout_cast(maxima_smem[parity], ROW_MAXIMA).max()
             scale = _scale_of(largest_bits, part)
-            inverse = _divide(jnp.full_like(scale, 1), scale, 1 / scale)
-            codes = _divide(values, scale, inverse).astype(E4M3)
+            codes = _divide(values, scale, 1 / scale).astype(E4M3)
             transposed = plgpu.layout_cast(codes.astype(jnp.float16), plgpu.Layout.WGMMA_TRANSPOSED).astype(E4M3)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
