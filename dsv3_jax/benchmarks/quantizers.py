@@ -15,6 +15,7 @@ from dsv3_jax.kernels import block_quantize
 OURS, XLA_COPY, TORCH_COPY = "dsv3_jax", "XLA copy", "torch copy"
 SHAPES = ((4096, 7168), (32768, 2048))  # tokens and the residual stream; rows of experts and their hidden width
 NORM_SHAPES = ((4096, 7168), (4096, 1536))
+WEIGHT_SHAPES = ((7168, 2112), (8, 7168, 4096))  # the latents; gates of 8 experts
 SWIGLU_SHAPES = ((4096, 2 * 18432), (32768, 2 * 2048))  # gate and up: the dense feed-forward and the experts
 
 
@@ -32,11 +33,12 @@ def quantizer_rows(*, with_torch: bool) -> list[Row]:
         _contest(block_quantize.swiglu_gradient, shape, lambda x: (*_rows(x), x[:, : x.shape[1] // 2]))
         for shape in SWIGLU_SHAPES
     ]
+    contests += [_contest(block_quantize.quantize_weights, shape, _weights) for shape in WEIGHT_SHAPES]
     return hold(contests, against=XLA_COPY, with_torch=with_torch, modes=("burst", "steady"))
 
 
 def _contest(
-    operation: Callable[..., Any], shape: tuple[int, int], operands_of: Callable[[jax.Array], tuple]
+    operation: Callable[..., Any], shape: tuple[int, ...], operands_of: Callable[[jax.Array], tuple]
 ) -> Contest:
     """Quantizes normal BF16 values, or what is made of them, and copies as many bytes as that reads and writes."""
     name = operation.__name__.strip("_")
@@ -54,11 +56,15 @@ def _contest(
         Entrant(XLA_COPY, "copied", jnp.copy),
         Entrant(TORCH_COPY, "copied", lambda x: to_torch(x).clone, is_torch=True),
     )
-    return Contest(f"{name} {shape[0]} x {shape[1]}", 0.0, draw, entrants)
+    return Contest(f"{name} {' x '.join(map(str, shape))}", 0.0, draw, entrants)
 
 
 def _rows(x_RK: jax.Array) -> tuple[formats.QuantizedArray]:
     return (formats.quantize_rows(x_RK),)
+
+
+def _weights(x_KN: jax.Array) -> tuple[jax.Array]:
+    return (x_KN.astype(jnp.float32),)
 
 
 def _rms_norm_rows(x_RD: jax.Array, weight_D: jax.Array) -> formats.QuantizedArray:

@@ -112,7 +112,7 @@ def test_kernel_writes_the_published_codes_without_races(interpreter, shape):
 
 @interpreted
 @pytest.mark.parametrize("interpreter", ["nan"], indirect=True)
-def test_special_values_of_the_kernel_and_zeros_in_unused_scales(interpreter):
+def test_special_values_of_the_kernel_and_unused_scales_without_races(interpreter):
     check(weights.quantize_weights, with_special_values(draw(256, 640)))
 
 
