@@ -134,6 +134,9 @@ def other_calls() -> dict[str, Call]:
         "swiglu_rows": Call(quantizers.swiglu_rows, (gate_up,)),
         "swiglu_columns": Call(quantizers.swiglu_columns, (rows(4096, 4096),)),
         "swiglu_gradient": Call(quantizers.swiglu_gradient, (rows(4096, 4096), bf16((4096, 2048)))),
+        "quantize_weights": Call(
+            quantizers.quantize_weights, (jax.ShapeDtypeStruct((GROUPS, 7168, 4096), jnp.float32),)
+        ),
         "grouped bf16": Call(
             experts, (bf16((GROUPED_ROWS, 7168)), bf16((GROUPS, 7168, 4096)), bf16((GROUPED_ROWS, 4096)), sizes)
         ),
