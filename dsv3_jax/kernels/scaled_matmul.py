@@ -234,7 +234,8 @@ def scaled_matmul(
                     def _store(i=i, block=block, first_column=first_column):
                         target = out_ref.at[(*matrix, block_rows, pl.ds(first_column, width))]
                         buffer = out_smem.at[warpgroup, i % tile.store_slots]
-                        plgpu.wait_smem_to_gmem(tile.store_slots - 1, wait_read_only=True)
+                        # The last tile may have left some of its blocks out, so which slots are in flight is not known.
+                        plgpu.wait_smem_to_gmem(tile.store_slots - 1 if i else 0, wait_read_only=True)
                         buffer[...] = block
                         plgpu.commit_smem()
                         plgpu.copy_smem_to_gmem(buffer, target)

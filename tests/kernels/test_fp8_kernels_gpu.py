@@ -121,7 +121,6 @@ def test_grouped_kernels_in_the_interpreter_without_races(interpreter):
     check_grouped((130, 0, 5), 192, 256, product_tile=FENCED, gradient_tile=FENCED_FLOAT32)
 
 
-@pytest.mark.xfail(reason="a last tile that fills an odd number of the two store slots: the next tile overwrites one")
 def test_partial_tiles_leave_stores_under_way_alone(interpreter, monkeypatch):
     monkeypatch.setattr(scaled_matmul, "NUM_SMS", 1)  # all tiles in one thread block, one after the other
     tile = Tile(warpgroups=1, stages=2, store_columns=32, store_slots=2, fence=True)
