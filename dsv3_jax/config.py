@@ -168,7 +168,7 @@ class ModelConfig:
                      "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value % FP8_MULTIPLE == 0, f"model.{name}", value,
-                    f"must be a multiple of {FP8_MULTIPLE} with precision=fp8; change it or use precision=bf16")  # fmt: skip
+                    f"must be a multiple of {FP8_MULTIPLE} with precision=fp8; change it or use bf16")  # fmt: skip
 
     @property
     def qk_head_dim(self) -> int:

@@ -216,7 +216,7 @@ def test_weight_blocks_equal_published_bits(shape):
 
 
 def test_weights_between_two_codes_equal_published_bits():
-    """A quotient in the middle of two codes shows an error of one unit in its last place, even behind a scalar scale."""
+    """A quotient in the middle of two codes shows an error of one unit in its last place."""
     rng = np.random.default_rng(0)
     middles = (number_tables.E4M3[:-1] + number_tables.E4M3[1:]) / 2
     for amax in rng.uniform(1, 2, size=10).astype(np.float32):
