@@ -181,7 +181,17 @@ def test_kernels_in_the_interpreter(monkeypatch, has_segments):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 1024, 3, 192, 128), (1, 128, 1, 192, 128), (1, 384, 20, 128, 64)])
+# The last two give every thread block several tiles, whose queries and outputs follow one another in its memory.
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 1024, 3, 192, 128),
+        (1, 128, 1, 192, 128),
+        (1, 384, 20, 128, 64),
+        (16, 512, 16, 192, 128),
+        (64, 256, 6, 192, 128),
+    ],
+)
 @pytest.mark.parametrize("implementation", ["pallas_gpu", "cudnn"])
 def test_kernels_on_hopper(shape, implementation):
     operands = make_operands(*shape, jnp.bfloat16)

@@ -37,6 +37,8 @@ from dsv3_jax.kernels.attention.blocks import (
 )
 from dsv3_jax.kernels.attention.pallas_gpu_gradients import key_value_gradients, query_gradient
 
+OUT_COLUMNS = 64  # of a store: widths of queries and values are multiples
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def causal_attention(
@@ -186,12 +188,17 @@ def attend(
                 slot, acc, maximum, total = attend_block(block, carry, is_causal=True, is_cut=has_segments)
                 pl.when(warpgroup == 0)(take_turns)
 
-                own_out = out_smem.at[warpgroup]
-                own_out[...] = (acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])).astype(dtype)
+                own_out = (acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])).astype(dtype)
+                for i in range(value_width // OUT_COLUMNS):
+                    columns = slice(i * OUT_COLUMNS, (i + 1) * OUT_COLUMNS)
+                    out_smem[warpgroup * (width // OUT_COLUMNS) + i] = own_out[:, columns]
                 lse_smem[warpgroup] = maximum + jnp.log(total) * LOG2_E
                 plgpu.commit_smem()
                 rows = pl.ds(first_row, ROWS)
-                plgpu.copy_smem_to_gmem(own_out, out.at[b, rows, h])
+                for i in range(value_width // OUT_COLUMNS):
+                    columns = pl.ds(i * OUT_COLUMNS, OUT_COLUMNS)
+                    block_smem = out_smem.at[warpgroup * (width // OUT_COLUMNS) + i]
+                    plgpu.copy_smem_to_gmem(block_smem, out.at[b, rows, h, columns])
                 plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse.at[b, h, rows])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(q_free.at[warpgroup])
@@ -207,9 +214,10 @@ def attend(
             jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32),
         ),
         scratch_types=(
+            # A warpgroup's output takes the place of its own queries, and of no other's: the other may still need them.
             plgpu.RefUnion(
                 blocks.swizzled(WARPGROUPS, ROWS, width, dtype),
-                blocks.swizzled(WARPGROUPS, ROWS, value_width, dtype),
+                blocks.swizzled(WARPGROUPS * width // OUT_COLUMNS, ROWS, OUT_COLUMNS, dtype),
             ),
             blocks.swizzled(STAGES, KEY_BLOCK, width, dtype),
             blocks.swizzled(STAGES, KEY_BLOCK, value_width, dtype),
