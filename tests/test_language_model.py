@@ -10,7 +10,7 @@ import pytest
 import dsv3_jax
 from dsv3_jax.checkpoint.training import save_params
 from dsv3_jax.config import DataConfig, RunConfig
-from dsv3_jax.data.tokenizer import train_tokenizer
+from dsv3_jax.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 PROMPT_LENGTH = 32  # of golden.npz's greedy rows
@@ -89,7 +89,7 @@ def test_saving_in_float32_and_loading_again_changes_no_bit(lm, tmp_path):
 
 
 def test_a_workdir_with_a_tokenizer_continues_text(lm, tmp_path):
-    tokenizer = train_tokenizer(["the cat sat on the mat, the dog sat on the log. "] * 40, lm.config.vocab_size + 9)
+    tokenizer = train_tokenizer(["the cat sat on the mat, the dog sat on the log. "] * 40, MIN_VOCAB_SIZE + 9)
     vocab_size = max(tokenizer.vocab_size, 300)
     model = dataclasses.replace(lm.config, vocab_size=vocab_size)
     rows = vocab_size - lm.config.vocab_size
