@@ -26,8 +26,8 @@ demo: setup
 	$(RUN) launch/prepare_data.py --output=$(DEMO)/corpus --max_bytes=12000000 --heldout_fraction=0.03
 	$(RUN) launch/train.py --config=configs/tiny.py --config.data.corpus=$(DEMO)/corpus --workdir=$(DEMO)/run
 	$(RUN) launch/generate.py --workdir=$(DEMO)/run --prompt="def main(" --max_new_tokens=64 --temperature=0.7
-	$(RUN) launch/export_hf.py --workdir=$(DEMO)/run --output=$(EXPORT)
-	$(RUN) launch/generate.py --hf=$(EXPORT) --prompt="def main(" --max_new_tokens=64 --temperature=0.7
+	$(RUN) launch/export_hf.py --workdir=$(DEMO)/run --output=$(EXPORT) --dtype=float32
+	$(RUN) launch/generate.py --hf=$(EXPORT) --dtype=float32 --prompt="def main(" --max_new_tokens=64 --temperature=0.7
 
 test: setup
 	$(RUN) -m pytest -n 2 -m "not slow and not gpu"
