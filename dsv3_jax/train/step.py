@@ -13,10 +13,11 @@ from dsv3_jax.config import RunConfig, require
 from dsv3_jax.model import param_specs, quantize_params, with_masters
 from dsv3_jax.sharding.mesh import num_batch_shards
 from dsv3_jax.sharding.rules import batch_sharding, param_sharding, replicated
+from dsv3_jax.train import schedule
 from dsv3_jax.train.loss import Losses, training_loss
 from dsv3_jax.train.optimizer import CORRECTION_BIAS, adamw, clip_factor, global_norm
 from dsv3_jax.train.schedule import StepSettings
-from dsv3_jax.train.state import TrainState, state_shardings
+from dsv3_jax.train.state import TrainState, abstract_state, state_shardings
 
 LOSS_MEAN_DECAY = 0.98  # the running mean that a spike is measured against remembers about 50 steps
 
@@ -37,6 +38,25 @@ def make_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainStep:
     Raises:
       ValueError: the sequences of a pass do not spread evenly over the devices.
     """
+    jitted = _jit_step(config, mesh)
+
+    def call(state: TrainState, tokens_ABT: np.ndarray, settings: StepSettings) -> tuple[TrainState, dict]:
+        return jitted(state, tokens_ABT, as_scalars(config, settings))
+
+    return call
+
+
+def lower_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """Returns the step of `make_train_step` lowered for the mesh's devices, which need not exist."""
+    settings = schedule.at(config.train, step=0, tokens=0)
+    scalars = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), as_scalars(config, settings))
+    shape_ABT = (config.train.max_passes, config.train.rows_per_pass, config.data.sequence_length + 1)
+    tokens_ABT = jax.ShapeDtypeStruct(shape_ABT, jnp.int32)
+    with jax.set_mesh(mesh):
+        return _jit_step(config, mesh).lower(abstract_state(config, mesh), tokens_ABT, scalars)
+
+
+def _jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable:
     rows, num_shards = config.train.rows_per_pass, num_batch_shards(mesh)
     require(rows % num_shards == 0, "train.microbatch_size", rows,
             f"must be a multiple of the {num_shards} devices that sequences spread over")  # fmt: skip
@@ -59,17 +79,12 @@ def make_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainStep:
         losses = jax.tree.map(lambda value: value / scalars["num_passes"], losses)
         return update_state(config, state, grads, losses, tokens_per_expert, scalars)
 
-    jitted = jax.jit(
+    return jax.jit(
         step,
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh, leading_dims=1), replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
     )
-
-    def call(state: TrainState, tokens_ABT: np.ndarray, settings: StepSettings) -> tuple[TrainState, dict]:
-        return jitted(state, tokens_ABT, as_scalars(config, settings))
-
-    return call
 
 
 def as_scalars(config: RunConfig, settings: StepSettings) -> dict:
