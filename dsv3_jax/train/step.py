@@ -48,12 +48,17 @@ def make_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainStep:
 
 def lower_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """Returns the step of `make_train_step` lowered for the mesh's devices, which need not exist."""
+    return trace_train_step(config, mesh).lower()
+
+
+def trace_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Traced:
+    """Returns the step of `make_train_step` traced for the mesh: its jaxpr, and how to lower it."""
     settings = schedule.at(config.train, step=0, tokens=0)
     scalars = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), as_scalars(config, settings))
     shape_ABT = (config.train.max_passes, config.train.rows_per_pass, config.data.sequence_length + 1)
     tokens_ABT = jax.ShapeDtypeStruct(shape_ABT, jnp.int32)
     with jax.set_mesh(mesh):
-        return _jit_step(config, mesh).lower(abstract_state(config, mesh), tokens_ABT, scalars)
+        return _jit_step(config, mesh).trace(abstract_state(config, mesh), tokens_ABT, scalars)
 
 
 def _jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable:
