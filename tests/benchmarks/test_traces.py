@@ -1,0 +1,101 @@
+"""Reading a profiler's trace: which intervals count, and how they overlap."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from dsv3_jax.benchmarks import traces
+from dsv3_jax.benchmarks.traces import Kernel, is_collective, is_expert_exchange, overlap
+
+SEND = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)"
+
+
+def metadata(pid: int, device: str, lines: dict[int, str]) -> list[dict]:
+    names = [{"ph": "M", "name": "process_name", "pid": pid, "args": {"name": device}}]
+    return names + [
+        {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": name}}
+        for tid, name in lines.items()
+    ]
+
+
+def complete(pid: int, tid: int, name: str, start: float, length: float, **args) -> dict:
+    return {"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": start, "dur": length, "args": args}
+
+
+# Device 1, microseconds:   0        10        20        30        40
+#   compute                 [gemm 0-10] [shared 15-25]       [gemm 35-40]
+#   exchange                      [send 8 ----- 22]   [send 28-32]
+HAND_MADE = [
+    *metadata(1, "/device:GPU:0", {1: "Stream #1(Compute)", 2: "Stream #2(Compute)", 3: "XLA Ops"}),
+    *metadata(2, "/device:GPU:1", {1: "Stream #1(Compute)"}),
+    *metadata(3, "/host:CPU", {1: "Stream of consciousness"}),
+    complete(1, 1, "gemm", 0, 10, hlo_op="custom-call.1"),
+    complete(1, 2, SEND, 8, 14, hlo_op="all-to-all.2"),
+    complete(1, 1, "shared", 15, 10),
+    complete(1, 2, SEND, 28, 4),
+    complete(1, 1, "gemm", 35, 5),
+    complete(1, 3, "custom-call.1", 0, 40),
+    complete(2, 1, "ncclDevKernel_AllGather_RING_LL", 100, 6),
+    complete(3, 1, "python", 0, 1000),
+    {"ph": "i", "pid": 1, "tid": 1, "name": "instant", "ts": 3},
+]
+
+
+def written(directory, content) -> None:
+    folder = directory / "plugins" / "profile" / "2026"
+    folder.mkdir(parents=True)
+    with gzip.open(folder / traces.TRACE_FILE, "wt") as file:
+        json.dump(content, file)
+
+
+@pytest.mark.parametrize("content", [HAND_MADE, {"traceEvents": HAND_MADE}], ids=["list", "object"])
+def test_kernels_of_streams_of_gpus_are_read_and_nothing_else(tmp_path, content):
+    written(tmp_path, content)
+    kernels = traces.read_kernels(tmp_path)
+    assert [kernel.name for kernel in kernels] == ["gemm", SEND, "shared", SEND, "gemm", HAND_MADE[-3]["name"]]
+    assert kernels[0].operation == "custom-call.1" and kernels[2].operation == ""
+    np.testing.assert_allclose([kernels[1].start_s, kernels[1].end_s], [8e-6, 22e-6])
+
+
+def test_exchange_compute_and_both_are_what_a_pencil_says():
+    by_device = overlap(traces.kernels_of(HAND_MADE), is_expert_exchange)
+    own = by_device["/device:GPU:0"]
+    np.testing.assert_allclose(own, [18e-6, 25e-6, (2 + 7) * 1e-6, (3 + 3) * 1e-6])
+    assert own.hidden_share == pytest.approx(0.5)
+    assert by_device["/device:GPU:1"] == pytest.approx((0.0, 6e-6, 0.0, 0.0)), "a gather is no exchange of tokens"
+    assert overlap(traces.kernels_of(HAND_MADE), is_collective)["/device:GPU:1"].exchange_s == pytest.approx(6e-6)
+
+
+def test_overlap_of_many_random_kernels_is_what_a_clock_of_single_ticks_counts():
+    rng = np.random.default_rng(0)
+    starts, lengths = rng.integers(0, 400, 60), rng.integers(1, 12, 60)
+    names = [SEND if chosen else "gemm" for chosen in rng.random(60) < 0.4]
+    kernels = sorted(
+        (Kernel("GPU", "Stream", name, "", float(start), float(start + length))
+         for name, start, length in zip(names, starts, lengths)), key=lambda kernel: kernel.start_s,
+    )  # fmt: skip
+    runs = {name: np.zeros(500, bool) for name in (SEND, "gemm")}
+    for kernel in kernels:
+        runs[kernel.name][int(kernel.start_s) : int(kernel.end_s)] = True
+    busy = np.flatnonzero(runs[SEND] | runs["gemm"])
+    expected = (runs[SEND].sum(), runs["gemm"].sum(), (runs[SEND] & runs["gemm"]).sum(),
+                busy[-1] + 1 - busy[0] - len(busy))  # fmt: skip
+    assert overlap(kernels, is_expert_exchange)["GPU"] == pytest.approx(expected)
+
+
+def test_what_ran_beside_the_exchange_and_what_ran_longest():
+    kernels = traces.kernels_of(HAND_MADE)
+    assert traces.beside(kernels, is_expert_exchange, top=5) == [
+        ("shared", pytest.approx(7e-6)), ("gemm", pytest.approx(2e-6))
+    ]  # fmt: skip
+    assert traces.longest(kernels, top=2) == [(SEND, pytest.approx(18e-6), 2), ("gemm", pytest.approx(15e-6), 2)]
+
+
+def test_a_missing_or_empty_trace_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="create_perfetto_trace=True"):
+        traces.read_kernels(tmp_path)
+    written(tmp_path, [complete(3, 1, "python", 0, 1000)])
+    with pytest.raises(ValueError, match="holds no kernel of a GPU"):
+        traces.read_kernels(tmp_path)
