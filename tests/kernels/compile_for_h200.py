@@ -1,7 +1,8 @@
 """Compiles the Hopper kernels for an H200 that is not there; the last line on stdout is ptxas's account as JSON.
 
-{call: [{"kernel", "registers", "threads", "stack_bytes", "spill_stores", "spill_loads", "qgmma", "local_memory"}]}; the
-last two count machine instructions, and are null where ptxas or nvdisasm is neither on PATH nor in /usr/local/cuda/bin.
+{call: [{"kernel", "registers", "threads", "stack_bytes", "spill_stores", "spill_loads", "approximate_divisions",
+"products_made_twice", "qgmma", "local_memory"}]}; the last two count machine instructions, and are null where ptxas or
+nvdisasm is neither on PATH nor in /usr/local/cuda/bin.
 Needs jax-cuda13-plugin and jax-cuda13-pjrt.
 """
 
@@ -69,12 +70,21 @@ def compile_call(call, directory: pathlib.Path) -> list[dict]:
         accounts.append({
             "kernel": kernel, "registers": registers, "threads": int(re.search(r"\.maxntid (\d+)", ptx).group(1)),
             "stack_bytes": stack, "spill_stores": stores, "spill_loads": loads,
+            "approximate_divisions": len(re.findall(r"\bdiv\.(?:full|approx)", ptx)),
+            "products_made_twice": products_made_twice(ptx),
             "qgmma": None if listing is None else len(re.findall(r"\bQGMMA\b", listing)),
             "local_memory": None if listing is None else len(re.findall(r"\b(?:STL|LDL)\b", listing)),
         })  # fmt: skip
     for path in directory.iterdir():
         path.unlink()
     return accounts
+
+
+def products_made_twice(ptx: str) -> int:
+    """Counts the rounded float32 products that a fused multiply-add makes again, to add them unrounded."""
+    rounded = re.findall(r"mul\.f32\s+\S+, (\S+), (\S+);", ptx)
+    fused = re.findall(r"fma\.rn\.f32\s+\S+, (\S+), (\S+), \S+;", ptx)
+    return len({frozenset(pair) for pair in rounded} & {frozenset(pair) for pair in fused})
 
 
 def machine_code(ptx: pathlib.Path) -> str | None:

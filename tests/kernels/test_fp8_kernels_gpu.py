@@ -168,3 +168,11 @@ def test_products_run_on_fp8_tensor_cores(compiled, name):
         pytest.skip("counting instructions needs ptxas and nvdisasm of the CUDA toolkit")
     assert kernel["qgmma"] >= 4, "128 of the contraction are four instructions of 32"
     assert kernel["local_memory"] == 0
+
+
+@pytest.mark.deviceless
+def test_weights_are_divided_as_rounding_allows(compiled):
+    """Correct rounding rests on a remainder, and that on the difference of a rounded quotient and its upper half."""
+    (kernel,) = compiled["quantize_weights"]
+    assert kernel["products_made_twice"] == 0, "the difference is one from the unrounded quotient"
+    assert kernel["approximate_divisions"] == 0

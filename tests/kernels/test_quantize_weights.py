@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import Literal
 
 from dsv3_jax.kernels import block_quantize as op
 from dsv3_jax.kernels.block_quantize import weights
@@ -123,15 +124,65 @@ def test_kernel_lowers_for_cuda(shape):
     assert "mosaic_gpu" in exported.mlir_module()
 
 
-def test_quotients_are_correctly_rounded_with_a_reciprocal_that_is_not():
+def draw_quotients() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draws dividends, divisors with many short significands, and reciprocals up to two units off."""
     rng = np.random.default_rng(0)
     y = rng.integers(2**23, 2**24, size=4096).astype(np.float32)
-    y[:2048] = 2**23 + 2**21 * rng.integers(0, 4, size=2048) + rng.integers(0, 64, size=2048)  # short significands
+    y[:1024] = 448
+    y[1024:2048] = 2**23 + 2**21 * rng.integers(0, 4, size=1024) + rng.integers(0, 64, size=1024)
     x = (rng.integers(2**23, 2**24, size=(64, 4096)) * 2.0**-20).astype(np.float32)
     x[:, ::2] = -x[:, ::2]
     inverse = 1 / y
-    inverse = np.nextafter(inverse, inverse * rng.choice(np.float32([0, 1, 2]), size=inverse.shape))
+    return x, y, np.nextafter(inverse, inverse * rng.choice(np.float32([0, 1, 2]), size=inverse.shape))
+
+
+def test_quotients_are_correctly_rounded_with_a_reciprocal_that_is_not():
+    x, y, inverse = draw_quotients()
     np.testing.assert_array_equal(np.asarray(jax.jit(weights._divide)(x, y, inverse)), x / y)
+
+
+@pytest.mark.parametrize("fused_first", [0, 1])
+def test_quotients_are_correctly_rounded_where_products_are_fused_with_sums(fused_first):
+    """As in a GPU's code, where which of two products that meet in a sum is fused is the compiler's choice."""
+    x, y, inverse = draw_quotients()
+    np.testing.assert_array_equal(evaluate_fused(weights._divide, x, y, inverse, fused_first=fused_first), x / y)
+
+
+def evaluate_fused(function, *arguments: np.ndarray, fused_first: int) -> np.ndarray:
+    """Evaluates float32 operations one by one, but sums from one unrounded product wherever there is one."""
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    values, products = dict(zip(jaxpr.invars, arguments)), {}
+
+    def evaluate(jaxpr):
+        for equation in jaxpr.eqns:
+            if "jaxpr" in equation.params:
+                inner = equation.params["jaxpr"].jaxpr
+                values.update(zip(inner.invars, map(value_of, equation.invars)))
+                evaluate(inner)
+                values.update(zip(equation.outvars, map(value_of, inner.outvars)))
+            else:
+                values[equation.outvars[0]] = apply(equation)
+
+    def value_of(atom):
+        return np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, Literal) else values[atom]
+
+    def apply(equation):
+        operands, (result,) = [value_of(atom) for atom in equation.invars], equation.outvars
+        operation = {"add": np.add, "sub": np.subtract, "mul": np.multiply}.get(equation.primitive.name)
+        if operation is None or result.aval.dtype != jnp.float32:
+            return np.asarray(equation.primitive.bind(*operands, **equation.params))
+        operands = [np.longdouble(operand) for operand in operands]
+        if operation is np.multiply:
+            products[result] = np.multiply(*operands)
+        else:
+            for i in (fused_first, 1 - fused_first):
+                if not isinstance(equation.invars[i], Literal) and equation.invars[i] in products:
+                    operands[i] = products[equation.invars[i]]
+                    break
+        return operation(*operands).astype(np.float32)
+
+    evaluate(jaxpr)
+    return value_of(jaxpr.outvars[0])
 
 
 @pytest.mark.parametrize(

@@ -156,9 +156,10 @@ def _scale_of(largest_bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _divide(x: jax.Array, y: jax.Array, inverse: jax.Array | float) -> jax.Array:
     """Divides float32 with correct rounding, given nearly 1 / y. Zeros keep their sign.
 
-    Products of halves of 12 bits are exact and so is the remainder, whether or not they are fused with sums.
+    The compiler fuses products with the sums that they enter. So the first quotient is a sum, or its lower half would
+    be that of the unrounded product; the other products, of halves of 12 bits, are exact like the remainder.
     """
-    quotient = x * inverse
+    quotient = x * inverse + x * 0.0
     quotient_high, y_high = _upper_half(quotient), _upper_half(y)
     quotient_low, y_low = quotient - quotient_high, y - y_high
     excess = quotient_high * y_high - x + quotient_high * y_low + quotient_low * y_high + quotient_low * y_low
