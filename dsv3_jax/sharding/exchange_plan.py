@@ -1,0 +1,207 @@
+"""Which token goes to which expert device when: static room for what travels, and who may use it in a round.
+
+A copy is a token on its way to one node, for all of the token's experts there. Every device gives its own copies to
+rounds, so that nobody has to know what others send. In a round it may send, with fixed sizes:
+
+| quota | of what | to every |
+|---|---|---|
+| `node_rows` | copies | node |
+| `device_rows` | copies | device |
+| `device_choices` | (token, expert) pairs | device |
+
+Copies are taken in the order of their tokens, each if all its quotas hold for it and for those waiting before it.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.config import require
+
+QUOTA_MULTIPLE = 8  # quotas are multiples of this
+DEVIATIONS = 5  # of a uniformly routed destination's load, for which there is room
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """The sizes of one round of the expert exchange, the same on every device."""
+
+    num_tokens: int  # of one device
+    top_k: int  # experts per token
+    num_experts: int  # over all devices
+    num_nodes: int
+    devices_per_node: int
+    node_rows: int
+    device_rows: int
+    device_choices: int
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_nodes * self.devices_per_node
+
+    @property
+    def experts_per_device(self) -> int:
+        return self.num_experts // self.num_devices
+
+    @property
+    def rows_in_node(self) -> int:
+        """Rows that a device holds between the hops: its own tokens where there is one node."""
+        return self.num_tokens if self.num_nodes == 1 else self.num_nodes * self.node_rows
+
+    @property
+    def received_rows(self) -> int:
+        """Rows that a device's experts receive, empty ones included."""
+        if self.devices_per_node == 1:
+            return self.rows_in_node
+        return self.num_devices * self.device_rows
+
+    @property
+    def max_choices(self) -> int:
+        """Most (row, expert) pairs that a device's experts receive."""
+        return min(self.num_devices * self.device_choices, self.received_rows * self._choices_per_row)
+
+    @property
+    def is_always_enough(self) -> bool:
+        """Whether one round serves any routing, so that there is no second."""
+        full = (self.num_tokens, self.num_tokens, self.num_tokens * self._choices_per_row)
+        return all(a >= b for a, b in zip((self.node_rows, self.device_rows, self.device_choices), full))
+
+    @property
+    def _choices_per_row(self) -> int:
+        return min(self.top_k, self.experts_per_device)
+
+    def bytes_sent(self, row_bytes: int) -> dict[str, int]:
+        """Returns what one device sends to others in one direction of one round, by hop, for rows of this size."""
+        to_nodes = (self.num_nodes - 1) * self.node_rows if self.num_nodes > 1 else 0
+        to_devices = (self.devices_per_node - 1) * self.num_nodes * self.device_rows
+        return {"node": to_nodes * row_bytes, "inner": to_devices * row_bytes}
+
+    def buffer_bytes(self, row_bytes: int) -> int:
+        """Returns the bytes of all send and receive buffers of one direction of one round, for rows of this size."""
+        between = 2 * self.num_nodes * self.node_rows if self.num_nodes > 1 else 0
+        received = 2 * self.received_rows if self.devices_per_node > 1 else 0
+        return (between + received) * row_bytes
+
+    def describe(self, row_bytes: int) -> dict[str, float]:
+        """Returns the numbers worth reporting, per device: quotas, what of them uniform routing fills, and bytes."""
+        sent = self.bytes_sent(row_bytes)
+        return {
+            "node_rows": self.node_rows,
+            "device_rows": self.device_rows,
+            "device_choices": self.device_choices,
+            "received_rows": self.received_rows,
+            "uniform_device_choices": self.num_tokens * self.top_k / self.num_devices,
+            "node_bytes_sent": sent["node"],
+            "inner_bytes_sent": sent["inner"],
+            "buffer_bytes": self.buffer_bytes(row_bytes),
+        }
+
+
+def plan_capacity(
+    *,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    n_group: int,
+    topk_group: int,
+    num_nodes: int,
+    devices_per_node: int,
+    factor: float,
+) -> Capacity | None:
+    """Sizes the rounds so that uniform routing needs one; returns None where one device holds every expert.
+
+    A quota is what uniform routing needs on average times the factor, at least five standard deviations more than the
+    average if the factor is 1 or more, rounded up to a multiple of 8; never more than the worst routing needs.
+
+    Args:
+      num_tokens: tokens that one device owns.
+      top_k: experts per token.
+      num_experts: over all devices; device d holds the experts from d · num_experts / devices on.
+      n_group: groups that the experts form.
+      topk_group: groups that a token's experts come from.
+      num_nodes: size of the mesh axis `node`.
+      devices_per_node: sizes of `gpu` and `tensor` multiplied.
+      factor: `model.exchange_capacity`. Smaller: fewer bytes and less memory, more rounds.
+
+    Raises:
+      ValueError: experts that do not spread evenly over the devices, or a factor that is not positive.
+    """
+    num_devices = num_nodes * devices_per_node
+    require(num_experts % num_devices == 0, "mesh.node·gpu·tensor", num_devices,
+            f"does not divide model.n_routed_experts={num_experts}; change one of them")  # fmt: skip
+    require(factor > 0, "model.exchange_capacity", factor, "must be greater than 0")
+    if num_devices == 1:
+        return None
+    choices_per_row = min(top_k, num_experts // num_devices)
+    quota = functools.partial(_quota, factor=factor)
+    hit_rate = _node_hit_rate(top_k, n_group, topk_group, num_nodes)
+    node_rows = num_tokens if num_nodes == 1 else quota(num_tokens * hit_rate, at_least=1, at_most=num_tokens)
+    device_rows = node_rows
+    if devices_per_node > 1:
+        device_rows = quota(num_tokens * min(1.0, top_k / num_devices), at_least=1, at_most=node_rows)
+    device_choices = quota(
+        num_tokens * top_k / num_devices, at_least=choices_per_row, at_most=device_rows * choices_per_row
+    )
+    return Capacity(num_tokens, top_k, num_experts, num_nodes, devices_per_node, node_rows, device_rows, device_choices)
+
+
+def _quota(mean: float, *, factor: float, at_least: int, at_most: int) -> int:
+    needed = mean * factor
+    if factor >= 1:
+        needed = max(needed, mean + DEVIATIONS * math.sqrt(mean))
+    rounded = math.ceil(needed / QUOTA_MULTIPLE) * QUOTA_MULTIPLE
+    return min(max(rounded, at_least), at_most)
+
+
+def _node_hit_rate(top_k: int, n_group: int, topk_group: int, num_nodes: int) -> float:
+    """Bounds the share of tokens with experts in a given node under uniform routing (§2.1.2, node-limited).
+
+    Every chosen group counts as one with a chosen expert; that holds for nearly all where top_k >= 2 · topk_group.
+    """
+    groups_elsewhere = n_group - n_group // num_nodes
+    is_missed = math.comb(groups_elsewhere, topk_group) / math.comb(n_group, topk_group)
+    return min(1 - is_missed, top_k / num_nodes)
+
+
+def copies_to_send(experts_TK: jax.Array, capacity: Capacity) -> jax.Array:
+    """Tells which nodes a token must reach: bool [T, nodes]."""
+    experts_per_node = capacity.num_experts // capacity.num_nodes
+    return jnp.any(_destinations(experts_TK // experts_per_node, capacity.num_nodes), axis=1)
+
+
+def admit(experts_TK: jax.Array, waiting_TN: jax.Array, capacity: Capacity) -> tuple[jax.Array, jax.Array]:
+    """Chooses the copies of the next round among those that wait; the first that waits for a node is always chosen.
+
+    Args:
+      experts_TK: int32, over all devices; `num_experts` or more chooses none.
+      waiting_TN: bool, the copies that have not been sent.
+
+    Returns:
+      Which copies go, bool [T, nodes], and each one's position among those to its node, int32, below `node_rows`.
+    """
+    num_tokens, num_nodes = waiting_TN.shape
+    if capacity.is_always_enough:
+        return waiting_TN, jnp.cumsum(waiting_TN, axis=0, dtype=jnp.int32) - 1
+    devices_TKR = _destinations(experts_TK // capacity.experts_per_device, capacity.num_devices)
+    choices_TR = jnp.sum(devices_TKR, axis=1, dtype=jnp.int32)
+    choices_TR = jnp.where(jnp.repeat(waiting_TN, capacity.devices_per_node, axis=1), choices_TR, 0)
+    used = jnp.concatenate([waiting_TN.astype(jnp.int32), (choices_TR > 0).astype(jnp.int32), choices_TR], axis=1)
+    used = jnp.cumsum(used, axis=0)  # by the copies up to and with this one
+    rows_TN, rows_TR, used_TR = jnp.split(used, [num_nodes, num_nodes + capacity.num_devices], axis=1)
+    fits_TR = (rows_TR <= capacity.device_rows) & (used_TR <= capacity.device_choices) | (choices_TR == 0)
+    fits_TN = jnp.all(fits_TR.reshape(num_tokens, num_nodes, capacity.devices_per_node), axis=-1)
+    return waiting_TN & fits_TN & (rows_TN <= capacity.node_rows), rows_TN - 1
+
+
+def devices_to_reach(experts_RK: jax.Array, node: jax.Array | int, capacity: Capacity) -> jax.Array:
+    """Tells which devices of a node each row must reach: bool [R, devices_per_node]."""
+    device_RK = experts_RK // capacity.experts_per_device - node * capacity.devices_per_node
+    return jnp.any(_destinations(device_RK, capacity.devices_per_node), axis=1)
+
+
+def _destinations(destination_RK: jax.Array, num_destinations: int) -> jax.Array:
+    """Returns bool [R, K, destinations]; what lies outside [0, num_destinations) has none."""
+    return destination_RK[:, :, None] == jnp.arange(num_destinations, dtype=destination_RK.dtype)

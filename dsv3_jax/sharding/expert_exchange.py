@@ -1,0 +1,263 @@
+"""Tokens travel to the devices of their experts and back: two hops, no token dropped, static shapes (§3.2.2).
+
+Hop 1 crosses nodes between devices of the same place in their nodes, a token once per node whatever number of its
+experts live there. Hop 2 spreads it inside the node, once per device. Results come back by the same ways: each device
+sums its experts' results for a token, the device between the hops sums its node's, the source sums the nodes'; in
+float32, rounded to the activations' dtype to travel.
+
+Every hop is one `all_to_all` of rows of uint32, which hold the payload, the token's experts and their gate weights, in
+buffers whose sizes `exchange_plan.Capacity` fixes. What finds no room in the first round travels in further ones, as
+many as the devices agree that they need. Only the first round's activations are kept for the backward pass, which sends
+the tokens of further rounds again, so that memory does not depend on the routing.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.sharding import collectives
+from dsv3_jax.sharding.exchange_plan import Capacity, admit, copies_to_send, devices_to_reach, plan_capacity
+from dsv3_jax.sharding.mesh import EXPERT_AXES, INNER_AXES
+from dsv3_jax.sharding.row_packing import pack, row_specs, unpack
+
+__all__ = ["Capacity", "ExpertFunctions", "Hop", "Tokens", "combine", "dispatch", "plan_capacity", "send", "serve"]
+
+NODE_AXES = ("node",)
+ROUTES_NAME = "expert_routes"  # checkpoint name of what the backward pass must know to send gradients the same ways
+
+
+class ExpertFunctions(NamedTuple):
+    """What a device computes for the rows it receives; functions of modules, so that equal ones compile once.
+
+    forward(payload, experts_RK, weights_RK, params, max_choices) -> (y_RD, kept): payload is a tree of arrays [R, ...];
+      experts_RK are indices of this device's experts, their number for a choice that is not here; weights_RK float32.
+      y_RD is the weighted sum over the row's choices that are here, in the activations' dtype; at most max_choices
+      (row, choice) pairs are. Rows without any may hold zeros or whatever else; their y is not used.
+    encode_gradient(dy_TD) -> payload: what travels of the gradient of y.
+    backward(kept, gradient, params) -> (dx_RD, dweights_RK, dparams): dx in the activations' dtype, dweights float32
+      and zero for choices that are not here; dparams as `jax.custom_vjp` wants them.
+    """
+
+    forward: Callable
+    encode_gradient: Callable
+    backward: Callable
+
+
+class Tokens(NamedTuple):
+    """Rows with what their experts must know."""
+
+    experts_RK: jax.Array  # int32; the number of experts for a choice that is not here
+    weights_RK: jax.Array  # float32
+    payload: Any  # tree of arrays [R, ...] of 1, 2 or 4 bytes an element
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("row_of_slot_S", "slots_of_row_RC"), meta_fields=("axes",)
+)
+@dataclasses.dataclass(frozen=True)
+class Hop:
+    """The ways of one all_to_all over the axes: which row goes in which slot of the buffer; int32."""
+
+    row_of_slot_S: jax.Array  # the number of rows for an empty slot
+    slots_of_row_RC: jax.Array  # the number of slots for no copy
+    axes: tuple[str, ...]
+
+
+def serve(
+    functions: ExpertFunctions,
+    x_TD: jax.Array,
+    payload: Any,
+    experts_TK: jax.Array,
+    weights_TK: jax.Array,
+    params: Any,
+    *,
+    capacity: Capacity | None,
+) -> jax.Array:
+    """Sums the results of each token's experts, wherever they live; differentiable in x, weights and params.
+
+    With a capacity, to be called by all devices of the expert axes inside `rules.per_device`.
+
+    Args:
+      functions: what is computed.
+      x_TD: this device's tokens, in the activations' dtype. Not read: the face to which the gradient belongs.
+      payload: what travels of the tokens, a tree of arrays [T, ...] made from x_TD; no gradient flows through it.
+      experts_TK: int32, over all devices; a token's are distinct. `num_experts` stands for no expert.
+      weights_TK: float32 gate weights.
+      params: weights of the experts on this device.
+      capacity: from `plan_capacity`; None where every expert is on this device.
+
+    Returns:
+      [T, D] in the activations' dtype.
+    """
+    assert capacity is None or capacity.num_tokens == len(experts_TK), (capacity, experts_TK.shape)
+    return _serve(functions, capacity, x_TD, payload, experts_TK, weights_TK, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _serve(functions, capacity, x_TD, payload, experts_TK, weights_TK, params) -> jax.Array:
+    return _serve_forward(functions, capacity, x_TD, payload, experts_TK, weights_TK, params)[0]
+
+
+def _serve_forward(functions, capacity, x_TD, payload, experts_TK, weights_TK, params):
+    tokens = Tokens(experts_TK, weights_TK, payload)
+    if capacity is None:
+        y_TD, kept = functions.forward(payload, experts_TK, weights_TK, params, experts_TK.size)
+        return y_TD, (kept, (), None, params)
+    received, hops, waiting_TN = dispatch(tokens, copies_to_send(experts_TK, capacity), capacity)
+    y_RD, kept = functions.forward(*_arguments(received), params, capacity.max_choices)
+    y_TD = combine(y_RD, hops).astype(y_RD.dtype)
+
+    def run_round(waiting_TN, y_TD):
+        received, hops, waiting_TN = dispatch(tokens, waiting_TN, capacity)
+        y_RD, _ = functions.forward(*_arguments(received), params, capacity.max_choices)
+        return waiting_TN, _add(y_TD, combine(y_RD, hops))
+
+    y_TD = _run_further_rounds(run_round, waiting_TN, y_TD, capacity)
+    return y_TD, (kept, hops, None if capacity.is_always_enough else tokens, params)
+
+
+def _serve_backward(functions, capacity, residuals, dy_TD):
+    kept, hops, tokens, params = residuals
+    gradient = functions.encode_gradient(dy_TD)
+    dx, dweights, dparams = functions.backward(kept, send(gradient, hops), params)
+    if capacity is None:
+        return dx, None, None, dweights, dparams
+    dx_TD, dweights_TK = combine((dx, dweights), hops)
+    gradients = dx_TD.astype(dx.dtype), dweights_TK, dparams
+
+    def run_round(waiting_TN, gradients):
+        both = tokens._replace(payload=(tokens.payload, gradient))
+        received, hops, waiting_TN = dispatch(both, waiting_TN, capacity)
+        payload, gradient_rows = received.payload
+        arguments = _arguments(received._replace(payload=payload))
+        _, kept = functions.forward(*arguments, params, capacity.max_choices)
+        *dtokens, dparams = functions.backward(kept, gradient_rows, params)
+        return waiting_TN, jax.tree.map(_add, gradients, (*combine(tuple(dtokens), hops), dparams))
+
+    if not capacity.is_always_enough:
+        waiting_TN = copies_to_send(tokens.experts_RK, capacity)
+        waiting_TN &= ~admit(tokens.experts_RK, waiting_TN, capacity)[0]
+        gradients = _run_further_rounds(run_round, waiting_TN, gradients, capacity)
+    dx_TD, dweights_TK, dparams = gradients
+    return dx_TD, None, None, dweights_TK, dparams
+
+
+_serve.defvjp(_serve_forward, _serve_backward)
+
+
+def _run_further_rounds(run_round: Callable, waiting_TN: jax.Array, totals: Any, capacity: Capacity) -> Any:
+    """Returns totals after `waiting_TN, totals = run_round(waiting_TN, totals)` until no device has a copy left."""
+    if capacity.is_always_enough:
+        return totals
+
+    def count(waiting_TN):
+        return collectives.sum_over(jnp.sum(waiting_TN, dtype=jnp.int32), EXPERT_AXES)
+
+    def run(carry):
+        waiting_TN, totals = run_round(*carry[1:])
+        return count(waiting_TN), waiting_TN, totals
+
+    return jax.lax.while_loop(lambda carry: carry[0] > 0, run, (count(waiting_TN), waiting_TN, totals))[2]
+
+
+def dispatch(tokens: Tokens, waiting_TN: jax.Array, capacity: Capacity) -> tuple[Tokens, tuple[Hop, ...], jax.Array]:
+    """Sends the copies of one round.
+
+    Args:
+      tokens: of this device, with experts over all devices.
+      waiting_TN: bool [T, nodes], the copies that have not been sent.
+
+    Returns:
+      What this device receives, with its own experts; the hops, for `send` and `combine`; the copies that still wait.
+    """
+    sent_TN, position_TN = admit(tokens.experts_RK, waiting_TN, capacity)
+    rows = tokens._replace(experts_RK=_compress(tokens.experts_RK, capacity.num_experts))
+    like = row_specs(rows)
+    words, hops, node = pack(rows), (), 0
+    sources, source_rows = 1, capacity.num_tokens
+    if capacity.num_nodes > 1:
+        start_N = jnp.arange(capacity.num_nodes, dtype=jnp.int32) * capacity.node_rows
+        hop = _plan_hop(sent_TN, start_N + position_TN, capacity.node_rows, capacity.top_k, NODE_AXES)
+        words, hops, node = send(words, (hop,)), (hop,), jax.lax.axis_index(NODE_AXES)
+        sources, source_rows = capacity.num_nodes, capacity.node_rows
+    if capacity.devices_per_node > 1:
+        experts_RK = _expand(unpack(words, like).experts_RK, capacity.num_experts)
+        is_sent_RI = devices_to_reach(experts_RK, node, capacity)
+        if capacity.num_nodes == 1:
+            is_sent_RI &= sent_TN
+        is_sent_SRI = is_sent_RI.reshape(sources, source_rows, -1)
+        position_SRI = jnp.cumsum(is_sent_SRI, axis=1, dtype=jnp.int32) - 1
+        start_SI = jnp.arange(capacity.devices_per_node) * sources + jnp.arange(sources)[:, None]
+        slot_RI = (start_SI[:, None] * capacity.device_rows + position_SRI).reshape(is_sent_RI.shape)
+        hop = _plan_hop(is_sent_RI, slot_RI, sources * capacity.device_rows, capacity.top_k, INNER_AXES)
+        words, hops = send(words, (hop,)), (*hops, hop)
+    received = unpack(words, like)
+    first_expert = jax.lax.axis_index(EXPERT_AXES) * capacity.experts_per_device
+    experts_RK = _expand(received.experts_RK, capacity.num_experts) - first_expert
+    is_here_RK = (experts_RK >= 0) & (experts_RK < capacity.experts_per_device)
+    received = received._replace(experts_RK=jnp.where(is_here_RK, experts_RK, capacity.experts_per_device))
+    hops, experts_RK, weights_RK = checkpoint_name((hops, *received[:2]), ROUTES_NAME)
+    return Tokens(experts_RK, weights_RK, received.payload), hops, waiting_TN & ~sent_TN
+
+
+def send(rows: Any, hops: tuple[Hop, ...]) -> Any:
+    """Sends a tree of arrays [T, ...] the ways that `dispatch` found; returns [R, ...], zeros in empty rows."""
+    if not hops:
+        return rows
+    like = row_specs(rows)
+    words = pack(rows)
+    for hop in hops:
+        words = words.at[hop.row_of_slot_S].get(mode="fill", fill_value=0)
+        words = jax.lax.all_to_all(words, hop.axes, 0, 0, tiled=True)
+    return unpack(words, like)
+
+
+def combine(rows: Any, hops: tuple[Hop, ...]) -> Any:
+    """Sends a tree of arrays [R, ...] back and sums what belongs to one token: [T, ...] in float32.
+
+    Between the hops sums are rounded to the dtype of the rows.
+    """
+    like = row_specs(rows)
+    for hop in reversed(hops):
+        rows = jax.tree.map(lambda leaf, spec: leaf.astype(spec.dtype), rows, like)
+        words = jax.lax.all_to_all(pack(rows), hop.axes, 0, 0, tiled=True)
+        copies = [words.at[slots_R].get(mode="fill", fill_value=0) for slots_R in hop.slots_of_row_RC.T]
+        rows = jax.tree.map(lambda *copies: sum(copy.astype(jnp.float32) for copy in copies),
+                            *(unpack(copy, like) for copy in copies))  # fmt: skip
+    return rows
+
+
+def _plan_hop(is_sent_RC, slot_RC, slots_per_destination: int, max_copies: int, axes: tuple[str, ...]) -> Hop:
+    """Returns the ways of the rows to every destination; a row has at most `max_copies`."""
+    num_rows, num_destinations = is_sent_RC.shape
+    num_slots = num_destinations * slots_per_destination
+    slot_RC = jnp.where(is_sent_RC, slot_RC, num_slots).astype(jnp.int32)
+    rows_RC = jnp.broadcast_to(jnp.arange(num_rows, dtype=jnp.int32)[:, None], slot_RC.shape)
+    row_of_slot_S = jnp.full(num_slots, num_rows, jnp.int32).at[slot_RC].set(rows_RC, mode="drop")
+    if num_destinations > max_copies:
+        slot_RC = jnp.sort(slot_RC, axis=1)[:, :max_copies]
+    return Hop(row_of_slot_S, slot_RC, axes)
+
+
+def _arguments(received: Tokens) -> tuple:
+    return received.payload, received.experts_RK, received.weights_RK
+
+
+def _add(total: jax.Array, more: jax.Array) -> jax.Array:
+    """Adds in float32 and rounds once to the total's dtype."""
+    return (total.astype(jnp.float32) + more.astype(jnp.float32)).astype(total.dtype)
+
+
+def _compress(experts_RK: jax.Array, num_experts: int) -> jax.Array:
+    """Returns expert ids as they travel: 0 for none, as in an empty row."""
+    dtype = jnp.uint16 if num_experts < 2**16 else jnp.uint32
+    return jnp.where(experts_RK < num_experts, experts_RK + 1, 0).astype(dtype)
+
+
+def _expand(experts_RK: jax.Array, num_experts: int) -> jax.Array:
+    return jnp.where(experts_RK == 0, num_experts, experts_RK.astype(jnp.int32) - 1)
