@@ -13,7 +13,6 @@ Copies are taken in the order of their tokens, each if all its quotas hold for i
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -37,6 +36,8 @@ class Capacity:
     node_rows: int
     device_rows: int
     device_choices: int
+    mean_node_rows: float  # that uniform routing fills, at most
+    mean_device_rows: float
 
     @property
     def num_devices(self) -> int:
@@ -47,15 +48,18 @@ class Capacity:
         return self.num_experts // self.num_devices
 
     @property
-    def rows_in_node(self) -> int:
-        """Rows that a device holds between the hops: its own tokens where there is one node."""
-        return self.num_tokens if self.num_nodes == 1 else self.num_nodes * self.node_rows
+    def goes_to_every_node(self) -> bool:
+        """Whether there is room for every token in every node; a token's slot is then its own index."""
+        return self.node_rows >= self.num_tokens
+
+    @property
+    def goes_to_every_device(self) -> bool:
+        """Whether there is room for every copy in each device of its node; its slot is then its own index."""
+        return self.device_rows >= self.node_rows
 
     @property
     def received_rows(self) -> int:
         """Rows that a device's experts receive, empty ones included."""
-        if self.devices_per_node == 1:
-            return self.rows_in_node
         return self.num_devices * self.device_rows
 
     @property
@@ -66,8 +70,8 @@ class Capacity:
     @property
     def is_always_enough(self) -> bool:
         """Whether one round serves any routing, so that there is no second."""
-        full = (self.num_tokens, self.num_tokens, self.num_tokens * self._choices_per_row)
-        return all(a >= b for a, b in zip((self.node_rows, self.device_rows, self.device_choices), full))
+        has_all_rows = self.goes_to_every_node and self.goes_to_every_device
+        return has_all_rows and self.device_choices >= self.num_tokens * self._choices_per_row
 
     @property
     def _choices_per_row(self) -> int:
@@ -75,25 +79,32 @@ class Capacity:
 
     def bytes_sent(self, row_bytes: int) -> dict[str, int]:
         """Returns what one device sends to others in one direction of one round, by hop, for rows of this size."""
-        to_nodes = (self.num_nodes - 1) * self.node_rows if self.num_nodes > 1 else 0
+        to_nodes = (self.num_nodes - 1) * self.node_rows
         to_devices = (self.devices_per_node - 1) * self.num_nodes * self.device_rows
         return {"node": to_nodes * row_bytes, "inner": to_devices * row_bytes}
 
     def buffer_bytes(self, row_bytes: int) -> int:
         """Returns the bytes of all send and receive buffers of one direction of one round, for rows of this size."""
-        between = 2 * self.num_nodes * self.node_rows if self.num_nodes > 1 else 0
-        received = 2 * self.received_rows if self.devices_per_node > 1 else 0
-        return (between + received) * row_bytes
+        rows = 0
+        if self.num_nodes > 1:
+            received = self.num_nodes * self.node_rows
+            rows += received + (self.num_tokens if self.goes_to_every_node else received)
+        if self.devices_per_node > 1:
+            sent = self.num_nodes * self.node_rows if self.goes_to_every_device else self.received_rows
+            rows += self.received_rows + sent
+        return rows * row_bytes
 
     def describe(self, row_bytes: int) -> dict[str, float]:
-        """Returns the numbers worth reporting, per device: quotas, what of them uniform routing fills, and bytes."""
+        """Returns the numbers worth reporting, of one device: quotas, what of them uniform routing fills, and bytes."""
         sent = self.bytes_sent(row_bytes)
         return {
             "node_rows": self.node_rows,
+            "mean_node_rows": self.mean_node_rows,
             "device_rows": self.device_rows,
+            "mean_device_rows": self.mean_device_rows,
             "device_choices": self.device_choices,
+            "mean_device_choices": self.num_tokens * self.top_k / self.num_devices,
             "received_rows": self.received_rows,
-            "uniform_device_choices": self.num_tokens * self.top_k / self.num_devices,
             "node_bytes_sent": sent["node"],
             "inner_bytes_sent": sent["inner"],
             "buffer_bytes": self.buffer_bytes(row_bytes),
@@ -136,19 +147,31 @@ def plan_capacity(
     if num_devices == 1:
         return None
     choices_per_row = min(top_k, num_experts // num_devices)
-    quota = functools.partial(_quota, factor=factor)
-    hit_rate = _node_hit_rate(top_k, n_group, topk_group, num_nodes)
-    node_rows = num_tokens if num_nodes == 1 else quota(num_tokens * hit_rate, at_least=1, at_most=num_tokens)
-    device_rows = node_rows
+    mean_node_rows = num_tokens * _node_hit_rate(top_k, n_group, topk_group, num_nodes)
+    mean_device_rows = min(mean_node_rows, num_tokens * top_k / num_devices)
+    node_rows = device_rows = _quota(mean_node_rows, factor, at_least=1, at_most=num_tokens)
+    if num_nodes == 1:
+        node_rows = device_rows = num_tokens
     if devices_per_node > 1:
-        device_rows = quota(num_tokens * min(1.0, top_k / num_devices), at_least=1, at_most=node_rows)
-    device_choices = quota(
-        num_tokens * top_k / num_devices, at_least=choices_per_row, at_most=device_rows * choices_per_row
+        device_rows = _quota(mean_device_rows, factor, at_least=1, at_most=node_rows)
+    most_choices = device_rows * choices_per_row
+    mean_choices = num_tokens * top_k / num_devices
+    device_choices = _quota(mean_choices, factor, at_least=choices_per_row, at_most=most_choices)
+    return Capacity(
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        num_nodes=num_nodes,
+        devices_per_node=devices_per_node,
+        node_rows=node_rows,
+        device_rows=device_rows,
+        device_choices=device_choices,
+        mean_node_rows=mean_node_rows,
+        mean_device_rows=mean_device_rows,
     )
-    return Capacity(num_tokens, top_k, num_experts, num_nodes, devices_per_node, node_rows, device_rows, device_choices)
 
 
-def _quota(mean: float, *, factor: float, at_least: int, at_most: int) -> int:
+def _quota(mean: float, factor: float, *, at_least: int, at_most: int) -> int:
     needed = mean * factor
     if factor >= 1:
         needed = max(needed, mean + DEVIATIONS * math.sqrt(mean))
@@ -168,23 +191,22 @@ def _node_hit_rate(top_k: int, n_group: int, topk_group: int, num_nodes: int) ->
 
 def copies_to_send(experts_TK: jax.Array, capacity: Capacity) -> jax.Array:
     """Tells which nodes a token must reach: bool [T, nodes]."""
-    experts_per_node = capacity.num_experts // capacity.num_nodes
-    return jnp.any(_destinations(experts_TK // experts_per_node, capacity.num_nodes), axis=1)
+    return jnp.any(_destinations(_nodes(experts_TK, capacity), capacity.num_nodes), axis=1)
 
 
-def admit(experts_TK: jax.Array, waiting_TN: jax.Array, capacity: Capacity) -> tuple[jax.Array, jax.Array]:
+def admit(experts_TK: jax.Array, waiting_TN: jax.Array, capacity: Capacity) -> jax.Array:
     """Chooses the copies of the next round among those that wait; the first that waits for a node is always chosen.
 
     Args:
-      experts_TK: int32, over all devices; `num_experts` or more chooses none.
+      experts_TK: int32, over all devices, those of a token distinct; `num_experts` or more chooses none.
       waiting_TN: bool, the copies that have not been sent.
 
     Returns:
-      Which copies go, bool [T, nodes], and each one's position among those to its node, int32, below `node_rows`.
+      Which copies go, bool [T, nodes].
     """
-    num_tokens, num_nodes = waiting_TN.shape
     if capacity.is_always_enough:
-        return waiting_TN, jnp.cumsum(waiting_TN, axis=0, dtype=jnp.int32) - 1
+        return waiting_TN
+    num_tokens, num_nodes = waiting_TN.shape
     devices_TKR = _destinations(experts_TK // capacity.experts_per_device, capacity.num_devices)
     choices_TR = jnp.sum(devices_TKR, axis=1, dtype=jnp.int32)
     choices_TR = jnp.where(jnp.repeat(waiting_TN, capacity.devices_per_node, axis=1), choices_TR, 0)
@@ -193,13 +215,23 @@ def admit(experts_TK: jax.Array, waiting_TN: jax.Array, capacity: Capacity) -> t
     rows_TN, rows_TR, used_TR = jnp.split(used, [num_nodes, num_nodes + capacity.num_devices], axis=1)
     fits_TR = (rows_TR <= capacity.device_rows) & (used_TR <= capacity.device_choices) | (choices_TR == 0)
     fits_TN = jnp.all(fits_TR.reshape(num_tokens, num_nodes, capacity.devices_per_node), axis=-1)
-    return waiting_TN & fits_TN & (rows_TN <= capacity.node_rows), rows_TN - 1
+    return waiting_TN & fits_TN & (rows_TN <= capacity.node_rows)
+
+
+def only_sent(experts_TK: jax.Array, sent_TN: jax.Array, capacity: Capacity) -> jax.Array:
+    """Replaces the experts of nodes that a token does not go to by `num_experts`."""
+    nodes_TKN = _destinations(_nodes(experts_TK, capacity), capacity.num_nodes)
+    return jnp.where(jnp.any(nodes_TKN & sent_TN[:, None], axis=-1), experts_TK, capacity.num_experts)
 
 
 def devices_to_reach(experts_RK: jax.Array, node: jax.Array | int, capacity: Capacity) -> jax.Array:
     """Tells which devices of a node each row must reach: bool [R, devices_per_node]."""
     device_RK = experts_RK // capacity.experts_per_device - node * capacity.devices_per_node
     return jnp.any(_destinations(device_RK, capacity.devices_per_node), axis=1)
+
+
+def _nodes(experts_TK: jax.Array, capacity: Capacity) -> jax.Array:
+    return experts_TK // (capacity.num_experts // capacity.num_nodes)
 
 
 def _destinations(destination_RK: jax.Array, num_destinations: int) -> jax.Array:

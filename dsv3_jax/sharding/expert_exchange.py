@@ -21,7 +21,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.sharding import collectives
-from dsv3_jax.sharding.exchange_plan import Capacity, admit, copies_to_send, devices_to_reach, plan_capacity
+from dsv3_jax.sharding.exchange_plan import (
+    Capacity,
+    admit,
+    copies_to_send,
+    devices_to_reach,
+    only_sent,
+    plan_capacity,
+)
 from dsv3_jax.sharding.mesh import EXPERT_AXES, INNER_AXES
 from dsv3_jax.sharding.row_packing import pack, row_specs, unpack
 
@@ -36,11 +43,11 @@ class ExpertFunctions(NamedTuple):
 
     forward(payload, experts_RK, weights_RK, params, max_choices) -> (y_RD, kept): payload is a tree of arrays [R, ...];
       experts_RK are indices of this device's experts, their number for a choice that is not here; weights_RK float32.
-      y_RD is the weighted sum over the row's choices that are here, in the activations' dtype; at most max_choices
-      (row, choice) pairs are. Rows without any may hold zeros or whatever else; their y is not used.
+      y_RD is the weighted sum over the row's choices that are here, in the activations' dtype, zero without any; at
+      most max_choices (row, choice) pairs are.
     encode_gradient(dy_TD) -> payload: what travels of the gradient of y.
     backward(kept, gradient, params) -> (dx_RD, dweights_RK, dparams): dx in the activations' dtype, dweights float32
-      and zero for choices that are not here; dparams as `jax.custom_vjp` wants them.
+      and zero for choices that are not here, dx zero for rows without any; dparams as `jax.custom_vjp` wants them.
     """
 
     forward: Callable
@@ -61,10 +68,10 @@ class Tokens(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Hop:
-    """The ways of one all_to_all over the axes: which row goes in which slot of the buffer; int32."""
+    """The ways of one hop: which row goes in which slot of the buffer; None where all rows go to all destinations."""
 
-    row_of_slot_S: jax.Array  # the number of rows for an empty slot
-    slots_of_row_RC: jax.Array  # the number of slots for no copy
+    row_of_slot_S: jax.Array | None  # int32; the number of rows for an empty slot
+    slots_of_row_RC: jax.Array | None  # int32; the number of slots for no copy
     axes: tuple[str, ...]
 
 
@@ -141,7 +148,7 @@ def _serve_backward(functions, capacity, residuals, dy_TD):
 
     if not capacity.is_always_enough:
         waiting_TN = copies_to_send(tokens.experts_RK, capacity)
-        waiting_TN &= ~admit(tokens.experts_RK, waiting_TN, capacity)[0]
+        waiting_TN &= ~admit(tokens.experts_RK, waiting_TN, capacity)
         gradients = _run_further_rounds(run_round, waiting_TN, gradients, capacity)
     dx_TD, dweights_TK, dparams = gradients
     return dx_TD, None, None, dweights_TK, dparams
@@ -175,46 +182,39 @@ def dispatch(tokens: Tokens, waiting_TN: jax.Array, capacity: Capacity) -> tuple
     Returns:
       What this device receives, with its own experts; the hops, for `send` and `combine`; the copies that still wait.
     """
-    sent_TN, position_TN = admit(tokens.experts_RK, waiting_TN, capacity)
-    rows = tokens._replace(experts_RK=_compress(tokens.experts_RK, capacity.num_experts))
-    like = row_specs(rows)
-    words, hops, node = pack(rows), (), 0
-    sources, source_rows = 1, capacity.num_tokens
+    sent_TN = admit(tokens.experts_RK, waiting_TN, capacity)
+    experts_TK = only_sent(tokens.experts_RK, sent_TN, capacity)
+    rows = tokens._replace(experts_RK=_compress(experts_TK, capacity.num_experts))
+    carrier, read = _load(rows, is_packed=not (capacity.goes_to_every_node and capacity.goes_to_every_device))
+    hops, node = (), 0
     if capacity.num_nodes > 1:
-        start_N = jnp.arange(capacity.num_nodes, dtype=jnp.int32) * capacity.node_rows
-        hop = _plan_hop(sent_TN, start_N + position_TN, capacity.node_rows, capacity.top_k, NODE_AXES)
-        words, hops, node = send(words, (hop,)), (hop,), jax.lax.axis_index(NODE_AXES)
-        sources, source_rows = capacity.num_nodes, capacity.node_rows
+        hop = Hop(None, None, NODE_AXES)
+        if not capacity.goes_to_every_node:
+            hop = _plan_hop(sent_TN[None], capacity.node_rows, capacity.top_k, NODE_AXES)
+        carrier, hops, node = _travel(carrier, hop), (hop,), jax.lax.axis_index(NODE_AXES)
     if capacity.devices_per_node > 1:
-        experts_RK = _expand(unpack(words, like).experts_RK, capacity.num_experts)
-        is_sent_RI = devices_to_reach(experts_RK, node, capacity)
-        if capacity.num_nodes == 1:
-            is_sent_RI &= sent_TN
-        is_sent_SRI = is_sent_RI.reshape(sources, source_rows, -1)
-        position_SRI = jnp.cumsum(is_sent_SRI, axis=1, dtype=jnp.int32) - 1
-        start_SI = jnp.arange(capacity.devices_per_node) * sources + jnp.arange(sources)[:, None]
-        slot_RI = (start_SI[:, None] * capacity.device_rows + position_SRI).reshape(is_sent_RI.shape)
-        hop = _plan_hop(is_sent_RI, slot_RI, sources * capacity.device_rows, capacity.top_k, INNER_AXES)
-        words, hops = send(words, (hop,)), (*hops, hop)
-    received = unpack(words, like)
+        hop = Hop(None, None, INNER_AXES)
+        if not capacity.goes_to_every_device:
+            experts_RK = _expand(read(carrier).experts_RK, capacity.num_experts)
+            is_sent_RI = devices_to_reach(experts_RK, node, capacity)
+            is_sent_NRI = is_sent_RI.reshape(capacity.num_nodes, capacity.node_rows, -1)
+            hop = _plan_hop(is_sent_NRI, capacity.device_rows, capacity.top_k, INNER_AXES)
+        carrier, hops = _travel(carrier, hop), (*hops, hop)
+    received = read(carrier)
     first_expert = jax.lax.axis_index(EXPERT_AXES) * capacity.experts_per_device
     experts_RK = _expand(received.experts_RK, capacity.num_experts) - first_expert
     is_here_RK = (experts_RK >= 0) & (experts_RK < capacity.experts_per_device)
-    received = received._replace(experts_RK=jnp.where(is_here_RK, experts_RK, capacity.experts_per_device))
-    hops, experts_RK, weights_RK = checkpoint_name((hops, *received[:2]), ROUTES_NAME)
+    experts_RK = jnp.where(is_here_RK, experts_RK, capacity.experts_per_device)
+    hops, experts_RK, weights_RK = checkpoint_name((hops, experts_RK, received.weights_RK), ROUTES_NAME)
     return Tokens(experts_RK, weights_RK, received.payload), hops, waiting_TN & ~sent_TN
 
 
 def send(rows: Any, hops: tuple[Hop, ...]) -> Any:
     """Sends a tree of arrays [T, ...] the ways that `dispatch` found; returns [R, ...], zeros in empty rows."""
-    if not hops:
-        return rows
-    like = row_specs(rows)
-    words = pack(rows)
+    carrier, read = _load(rows, is_packed=any(hop.row_of_slot_S is not None for hop in hops))
     for hop in hops:
-        words = words.at[hop.row_of_slot_S].get(mode="fill", fill_value=0)
-        words = jax.lax.all_to_all(words, hop.axes, 0, 0, tiled=True)
-    return unpack(words, like)
+        carrier = _travel(carrier, hop)
+    return read(carrier)
 
 
 def combine(rows: Any, hops: tuple[Hop, ...]) -> Any:
@@ -222,26 +222,53 @@ def combine(rows: Any, hops: tuple[Hop, ...]) -> Any:
 
     Between the hops sums are rounded to the dtype of the rows.
     """
-    like = row_specs(rows)
+    return jax.tree.map(lambda leaf: _combine_leaf(leaf, hops), rows)
+
+
+def _combine_leaf(rows: jax.Array, hops: tuple[Hop, ...]) -> jax.Array:
+    sums = rows
     for hop in reversed(hops):
-        rows = jax.tree.map(lambda leaf, spec: leaf.astype(spec.dtype), rows, like)
-        words = jax.lax.all_to_all(pack(rows), hop.axes, 0, 0, tiled=True)
-        copies = [words.at[slots_R].get(mode="fill", fill_value=0) for slots_R in hop.slots_of_row_RC.T]
-        rows = jax.tree.map(lambda *copies: sum(copy.astype(jnp.float32) for copy in copies),
-                            *(unpack(copy, like) for copy in copies))  # fmt: skip
-    return rows
+        returned = jax.lax.all_to_all(sums.astype(rows.dtype), hop.axes, 0, 0, tiled=True)
+        if hop.row_of_slot_S is None:
+            copies = jnp.split(returned, collectives.size(hop.axes))
+        else:
+            copies = (returned.at[slots_R].get(mode="fill", fill_value=0) for slots_R in hop.slots_of_row_RC.T)
+        sums = sum(copy.astype(jnp.float32) for copy in copies)
+    return sums
 
 
-def _plan_hop(is_sent_RC, slot_RC, slots_per_destination: int, max_copies: int, axes: tuple[str, ...]) -> Hop:
-    """Returns the ways of the rows to every destination; a row has at most `max_copies`."""
-    num_rows, num_destinations = is_sent_RC.shape
-    num_slots = num_destinations * slots_per_destination
-    slot_RC = jnp.where(is_sent_RC, slot_RC, num_slots).astype(jnp.int32)
-    rows_RC = jnp.broadcast_to(jnp.arange(num_rows, dtype=jnp.int32)[:, None], slot_RC.shape)
-    row_of_slot_S = jnp.full(num_slots, num_rows, jnp.int32).at[slot_RC].set(rows_RC, mode="drop")
-    if num_destinations > max_copies:
-        slot_RC = jnp.sort(slot_RC, axis=1)[:, :max_copies]
-    return Hop(row_of_slot_S, slot_RC, axes)
+def _load(rows: Any, *, is_packed: bool) -> tuple[Any, Callable]:
+    """Returns what travels of a tree of arrays, and what reads the tree from what arrives."""
+    if is_packed:
+        return pack(rows), functools.partial(unpack, specs=row_specs(rows))
+    return rows, lambda carrier: carrier
+
+
+def _travel(carrier: Any, hop: Hop) -> Any:
+    def travel(rows):
+        if hop.row_of_slot_S is None:
+            return jax.lax.all_gather(rows, hop.axes, tiled=True)
+        rows = rows.at[hop.row_of_slot_S].get(mode="fill", fill_value=0)
+        return jax.lax.all_to_all(rows, hop.axes, 0, 0, tiled=True)
+
+    return jax.tree.map(travel, carrier)
+
+
+def _plan_hop(is_sent_SRC: jax.Array, slots: int, top_k: int, axes: tuple[str, ...]) -> Hop:
+    """Gives the rows of every source consecutive slots, of those for the source, in each destination's buffer.
+
+    A row has at most `top_k` destinations.
+    """
+    num_sources, rows_of_source, num_destinations = is_sent_SRC.shape
+    num_rows, num_slots = num_sources * rows_of_source, num_destinations * num_sources * slots
+    position_SRC = jnp.cumsum(is_sent_SRC, axis=1, dtype=jnp.int32) - 1
+    buffer_SC = jnp.arange(num_sources)[:, None] + jnp.arange(num_destinations) * num_sources
+    slot_SRC = jnp.where(is_sent_SRC, buffer_SC[:, None] * slots + position_SRC, num_slots)
+    slot_RC = slot_SRC.reshape(num_rows, num_destinations).astype(jnp.int32)
+    row_RC = jnp.broadcast_to(jnp.arange(num_rows, dtype=jnp.int32)[:, None], slot_RC.shape)
+    row_of_slot_S = jnp.full(num_slots, num_rows, jnp.int32).at[slot_RC].set(row_RC, mode="drop")
+    slots_RK = jnp.sort(slot_RC, axis=1)[:, :top_k] if num_destinations > top_k else slot_RC
+    return Hop(row_of_slot_S, slots_RK, axes)
 
 
 def _arguments(received: Tokens) -> tuple:

@@ -1,6 +1,7 @@
-"""Rows of several arrays as one array of words, so that they travel together.
+"""Rows of several arrays as rows of one, so that they travel together.
 
-Words of four bytes, because XLA gathers them faster than bytes.
+The elements of the packed array are as small as the smallest packed, so that what is many bytes a row, and small
+elements, is read where it lies: XLA reads a slice in place, but makes a pass over all of it to change element sizes.
 """
 
 import math
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-ROW_MULTIPLE = 4  # words: rows are multiples of 16 bytes
+ALIGNMENT = 16  # bytes in a row at which every array begins
 BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes an element
 
 
@@ -18,36 +19,35 @@ def row_specs(rows: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
 
 
-def row_bytes(rows: Any) -> int:
-    """Returns the bytes of one packed row of a tree of arrays [R, ...], or of their specs."""
-    words = sum(-(-math.prod(leaf.shape[1:]) * leaf.dtype.itemsize // 4) for leaf in jax.tree.leaves(rows))
-    return -(-words // ROW_MULTIPLE) * ROW_MULTIPLE * 4
+def row_bytes(specs: Any) -> int:
+    """Returns the bytes of one packed row, given `row_specs` of what is packed."""
+    return sum(-(-_num_bytes(spec) // ALIGNMENT) * ALIGNMENT for spec in jax.tree.leaves(specs))
 
 
 def pack(rows: Any) -> jax.Array:
-    """Packs a tree of arrays [R, ...] into uint32 [R, words]."""
-    words = jnp.concatenate([_as_words(leaf) for leaf in jax.tree.leaves(rows)], axis=1)
-    return jnp.pad(words, ((0, 0), (0, -words.shape[1] % ROW_MULTIPLE)))
+    """Packs a tree of arrays [R, ...], elements of 1, 2 or 4 bytes, into one of unsigned integers [R, W]."""
+    leaves = jax.tree.leaves(rows)
+    element = min(leaf.dtype.itemsize for leaf in leaves)
+    columns = []
+    for leaf in leaves:
+        bits = jax.lax.bitcast_convert_type(leaf, BITS[element])
+        bits = bits.reshape(len(leaf), math.prod(bits.shape[1:]))
+        columns.append(jnp.pad(bits, ((0, 0), (0, -bits.shape[1] % (ALIGNMENT // element)))))
+    return jnp.concatenate(columns, axis=1)
 
 
-def unpack(words: jax.Array, like: Any) -> Any:
+def unpack(packed: jax.Array, specs: Any) -> Any:
     """Reverts `pack`, given `row_specs` of what was packed."""
     leaves, start = [], 0
-    specs, structure = jax.tree.flatten(like)
-    for spec in specs:
-        size = math.prod(spec.shape)
-        num_words = -(-size * spec.dtype.itemsize // 4)
-        bits = jax.lax.bitcast_convert_type(words[:, start : start + num_words], BITS[spec.dtype.itemsize])
-        leaf = bits.reshape(len(words), num_words * 4 // spec.dtype.itemsize)[:, :size]
-        leaves.append(jax.lax.bitcast_convert_type(leaf, spec.dtype).reshape(len(words), *spec.shape))
-        start += num_words
-    return jax.tree.unflatten(structure, leaves)
+    element = packed.dtype.itemsize
+    for spec in jax.tree.leaves(specs):
+        bits = packed[:, start : start + _num_bytes(spec) // element]
+        start += -(-_num_bytes(spec) // ALIGNMENT) * ALIGNMENT // element
+        parts = (spec.dtype.itemsize // element,) if spec.dtype.itemsize > element else ()
+        bits = bits.reshape(len(packed), *spec.shape, *parts)
+        leaves.append(jax.lax.bitcast_convert_type(bits, spec.dtype))
+    return jax.tree.unflatten(jax.tree.structure(specs), leaves)
 
 
-def _as_words(leaf: jax.Array) -> jax.Array:
-    per_word = 4 // leaf.dtype.itemsize
-    bits = jax.lax.bitcast_convert_type(leaf, BITS[leaf.dtype.itemsize]).reshape(len(leaf), math.prod(leaf.shape[1:]))
-    if per_word == 1:
-        return bits
-    bits = jnp.pad(bits, ((0, 0), (0, -bits.shape[1] % per_word)))
-    return jax.lax.bitcast_convert_type(bits.reshape(len(leaf), -1, per_word), jnp.uint32)
+def _num_bytes(spec: jax.ShapeDtypeStruct) -> int:
+    return math.prod(spec.shape) * spec.dtype.itemsize
