@@ -2,10 +2,12 @@
 
 import functools
 import importlib.util
+import itertools
 import json
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,10 @@ import numpy as np
 import pytest
 from hopper_cases import other_calls, product_calls, ragged_calls
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from tensor_core_rounding import assert_product, widen
 
 from dsv3_jax.fp8 import formats
+from dsv3_jax.fp8.formats import QuantizedArray
 from dsv3_jax.kernels import scaled_matmul
 from dsv3_jax.kernels.fp8_matmul import pallas_gpu as dense
 from dsv3_jax.kernels.fp8_matmul import reference, tuned
@@ -22,7 +26,7 @@ from dsv3_jax.kernels.grouped_matmul import pallas_gpu_fp8 as grouped
 from dsv3_jax.kernels.grouped_matmul import reference_fp8 as grouped_reference
 
 Tile, FewRowsTile = scaled_matmul.Tile, tuned.FewRowsTile
-OUTPUT_ROUNDING = {jnp.bfloat16: 2.0**-8, jnp.float32: 2.0**-20}  # of sums whose terms were added in another order
+REORDERED_SUMS = {jnp.bfloat16: 2.0**-8, jnp.float32: 2.0**-20}  # of exact products, then rounded
 LOWERED = product_calls() | ragged_calls()
 
 
@@ -34,12 +38,8 @@ def test_every_tuned_tile_lowers_for_cuda(name):
     assert exported.mlir_module().count("custom_call @mosaic_gpu") == 1
 
 
-def draw_rows(num_rows: int, contraction: int, *, seed: int = 0, spread: int = 0) -> formats.QuantizedArray:
-    """Quantizes normal values; with a spread, rows differ by up to 2^spread and outliers of 1e4 are among them."""
-    return formats.quantize_rows(draw(num_rows, contraction, seed=seed, spread=spread))
-
-
 def draw(*shape: int, seed: int = 0, spread: int = 0) -> jax.Array:
+    """Draws normal values; with a spread, rows differ by up to 2^spread and outliers of 1e4 are among them."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=shape)
     if spread:
@@ -48,39 +48,47 @@ def draw(*shape: int, seed: int = 0, spread: int = 0) -> jax.Array:
     return jnp.asarray(x, jnp.float32)
 
 
-def assert_close(actual: jax.Array, expected: jax.Array, out_dtype) -> None:
-    """Asserts that entries differ by no more than rounding, relative to the largest of their row."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    scale = np.abs(expected).max(axis=-1, keepdims=True)
-    assert (np.abs(actual - expected) <= OUTPUT_ROUNDING[out_dtype] * scale).all()
-
-
-def check_dense(num_rows, num_columns, contraction, *, b_tile, out_dtype, tile=None, spread=0):
-    a = draw_rows(num_rows, contraction, spread=spread)
+def dense_operands(
+    num_rows: int, num_columns: int, contraction: int, *, b_tile: str, spread: int = 0
+) -> tuple[QuantizedArray, QuantizedArray]:
     w = draw(num_columns, contraction, seed=1, spread=spread)
     b = formats.quantize_weight_blocks(w) if b_tile == "block" else formats.quantize_rows(w)
-    actual = dense.fp8_matmul(a, b, out_dtype=out_dtype, tile=tile)
-    assert_close(actual, reference.fp8_matmul(a, b, out_dtype=out_dtype), out_dtype)
+    return formats.quantize_rows(draw(num_rows, contraction, spread=spread)), b
 
 
-def check_grouped(sizes, num_columns, contraction, *, product_tile=None, gradient_tile=None, spread=0):
-    """Checks the product and the weight gradient; rows past the last group hold NaN, which must reach nothing."""
+class Grouped(NamedTuple):
+    """Operands of the product and of the weight gradient of groups."""
+
+    rows: QuantizedArray  # those past the last group hold NaN, which must reach nothing
+    weights: QuantizedArray
+    columns: QuantizedArray  # the rows, by columns
+    dy_columns: QuantizedArray
+    sizes_E: jax.Array
+    ends: list[int]  # row after each group and its padding
+
+
+def grouped_operands(sizes: tuple[int, ...], num_columns: int, contraction: int, *, spread: int = 0) -> Grouped:
     live = [-(-size // 128) * 128 for size in sizes]
     num_rows = sum(live) + 128
     is_row = np.concatenate([np.arange(rows) < size for size, rows in zip(sizes, live)] + [np.zeros(128, bool)])
     x_MK = jnp.where(is_row[:, None], draw(num_rows, contraction, spread=spread), 0.0).at[sum(live) :].set(jnp.nan)
     dy_MC = jnp.where(is_row[:, None], draw(num_rows, num_columns, seed=2), 0.0).at[sum(live) :].set(jnp.nan)
-    b = formats.quantize_weight_blocks(draw(len(sizes), num_columns, contraction, seed=1))
-    sizes_E = jnp.asarray(sizes, jnp.int32)
-    operands = (formats.quantize_rows(x_MK), b, sizes_E)
-    actual = grouped.grouped_fp8_matmul(*operands, alignment=128, tile=product_tile)
-    expected = grouped_reference.grouped_fp8_matmul(*operands, alignment=128, out_dtype=jnp.bfloat16)
-    assert_close(actual[: sum(live)], expected[: sum(live)], jnp.bfloat16)
-    operands = (formats.quantize_columns(x_MK), formats.quantize_columns(dy_MC), sizes_E)
-    actual = grouped.grouped_fp8_weight_gradient(*operands, alignment=128, tile=gradient_tile)
-    expected = grouped_reference.grouped_fp8_weight_gradient(*operands, alignment=128, out_dtype=jnp.float32)
-    assert_close(actual, expected, jnp.float32)
-    assert not np.asarray(actual)[np.asarray(sizes) == 0].any(), "an empty group has exactly zero gradient"
+    weights = formats.quantize_weight_blocks(draw(len(sizes), num_columns, contraction, seed=1))
+    columns, dy_columns = formats.quantize_columns(x_MK), formats.quantize_columns(dy_MC)
+    sizes_E, ends = jnp.asarray(sizes, jnp.int32), list(itertools.accumulate(live))
+    return Grouped(formats.quantize_rows(x_MK), weights, columns, dy_columns, sizes_E, ends)
+
+
+def assert_rounded_once(actual: jax.Array, expected: jax.Array) -> None:
+    """Asserts that entries differ by no more than rounding, relative to the largest of their row."""
+    tolerance = REORDERED_SUMS[actual.dtype.type]
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    scale = np.abs(expected).max(axis=-1, keepdims=True)
+    assert (np.abs(actual - expected) <= tolerance * scale).all()
+
+
+def assert_empty_groups_are_zero(dw_ECK: jax.Array, sizes: tuple[int, ...]) -> None:
+    assert not np.asarray(dw_ECK)[np.asarray(sizes) == 0].any(), "an empty group has exactly zero gradient"
 
 
 @pytest.fixture
@@ -114,30 +122,55 @@ FENCED_FLOAT32 = Tile(warpgroups=2, stages=2, store_columns=32, store_slots=2, f
     ],
 )
 def test_dense_kernels_in_the_interpreter_without_races(interpreter, shape, b_tile, out_dtype, tile):
-    check_dense(*shape, b_tile=b_tile, out_dtype=out_dtype, tile=tile)
+    a, b = dense_operands(*shape, b_tile=b_tile)
+    actual = dense.fp8_matmul(a, b, out_dtype=out_dtype, tile=tile)
+    assert_rounded_once(actual, reference.fp8_matmul(a, b, out_dtype=out_dtype))
 
 
 def test_grouped_kernels_in_the_interpreter_without_races(interpreter):
-    check_grouped((130, 0, 5), 192, 256, product_tile=FENCED, gradient_tile=FENCED_FLOAT32)
+    sizes = (130, 0, 5)
+    drawn = grouped_operands(sizes, 192, 256)
+    operands = (drawn.rows, drawn.weights, drawn.sizes_E)
+    actual = grouped.grouped_fp8_matmul(*operands, alignment=128, tile=FENCED)
+    expected = grouped_reference.grouped_fp8_matmul(*operands, alignment=128, out_dtype=jnp.bfloat16)
+    assert_rounded_once(actual[: drawn.ends[-1]], expected[: drawn.ends[-1]])
+    operands = (drawn.columns, drawn.dy_columns, drawn.sizes_E)
+    actual = grouped.grouped_fp8_weight_gradient(*operands, alignment=128, tile=FENCED_FLOAT32)
+    expected = grouped_reference.grouped_fp8_weight_gradient(*operands, alignment=128, out_dtype=jnp.float32)
+    assert_rounded_once(actual, expected)
+    assert_empty_groups_are_zero(actual, sizes)
 
 
 def test_partial_tiles_leave_stores_under_way_alone(interpreter, monkeypatch):
     monkeypatch.setattr(scaled_matmul, "NUM_SMS", 1)  # all tiles in one thread block, one after the other
     tile = Tile(warpgroups=1, stages=2, store_columns=32, store_slots=2, fence=True)
-    check_dense(130, 160, 128, b_tile="row", out_dtype=jnp.float32, tile=tile)
+    a, b = dense_operands(130, 160, 128, b_tile="row")
+    actual = dense.fp8_matmul(a, b, out_dtype=jnp.float32, tile=tile)
+    assert_rounded_once(actual, reference.fp8_matmul(a, b, out_dtype=jnp.float32))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(1, 16, 16), (7, 580, 1552), (129, 2116, 7184), (200, 144, 320), (4096, 2112, 7168)])
 @pytest.mark.parametrize(("b_tile", "out_dtype"), [("block", jnp.bfloat16), ("row", jnp.float32)])
-def test_dense_kernels_on_hopper(shape, b_tile, out_dtype):
-    check_dense(*shape, b_tile=b_tile, out_dtype=out_dtype, spread=20)
+@pytest.mark.parametrize("spread", [0, 20])
+def test_dense_kernels_on_hopper(shape, b_tile, out_dtype, spread):
+    a, b = dense_operands(*shape, b_tile=b_tile, spread=spread)
+    assert_product(dense.fp8_matmul(a, b, out_dtype=out_dtype), widen(a), widen(b), out_dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [(130, 0, 5, 1000), (0, 0, 2000), (1,) * 32, (0, 0), (128, 128, 384)])
-def test_grouped_kernels_on_hopper(sizes):
-    check_grouped(sizes, 576, 720, spread=20)
+@pytest.mark.parametrize("spread", [0, 20])
+def test_grouped_kernels_on_hopper(sizes, spread):
+    drawn = grouped_operands(sizes, 576, 720, spread=spread)
+    y_MC = grouped.grouped_fp8_matmul(drawn.rows, drawn.weights, drawn.sizes_E, alignment=128)
+    dw_EKC = grouped.grouped_fp8_weight_gradient(drawn.columns, drawn.dy_columns, drawn.sizes_E, alignment=128)
+    rows, weights, columns, dy_columns = map(widen, drawn[:4])
+    for group, (start, end) in enumerate(itertools.pairwise([0, *drawn.ends])):
+        own = slice(start, end)
+        assert_product(y_MC[own], rows[own], weights[group], jnp.bfloat16)
+        assert_product(dw_EKC[group], columns[:, own], dy_columns[:, own], jnp.float32)
+    assert_empty_groups_are_zero(dw_EKC, sizes)
 
 
 @pytest.fixture(scope="module")
