@@ -122,6 +122,10 @@ class ModelConfig:
         "e4m3", f"what is kept of SwiGLU inputs between FP8 linears: {' | '.join(FP8_INPUT_CACHES)}"
     )
     remat_policy: str = setting("none", f"what the backward pass recomputes: {' | '.join(REMAT_POLICIES)}")
+    exchange_capacity: float = setting(
+        1.25, "room for tokens that travel to experts at one time, relative to what uniform routing needs; "
+        "what finds no room travels in further rounds",
+    )  # fmt: skip
 
     def __post_init__(self):
         _require_types(self, "model.")
@@ -129,7 +133,7 @@ class ModelConfig:
             self, "model", "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size",
             "num_hidden_layers", "num_attention_heads", "n_routed_experts", "routed_scaling_factor", "kv_lora_rank",
             "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "n_group", "topk_group", "num_experts_per_tok",
-            "max_position_embeddings", "rope_theta", "rms_norm_eps", "initializer_range",
+            "max_position_embeddings", "rope_theta", "rms_norm_eps", "initializer_range", "exchange_capacity",
         )  # fmt: skip
         for name in ("num_nextn_predict_layers", "n_shared_experts", "first_k_dense_replace", "aux_loss_alpha"):
             require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must not be negative")
@@ -189,9 +193,11 @@ class MeshConfig:
 
     pipe: int = setting(1, "pipeline stages; only 1 so far")
     replica: int = setting(1, "copies of an expert-parallel group")
-    node: int = setting(1, "nodes of an expert-parallel group")
-    gpu: int = setting(-1, "devices of a node; -1: all that the other axes leave")
-    tensor: int = setting(1, "tensor-parallel devices; only 1 so far")
+    node: int = setting(1, "nodes of an expert-parallel group; tokens enter each at most once")
+    gpu: int = setting(-1, "devices of a node with sequences of their own; -1: all that the other axes leave")
+    tensor: int = setting(1, "devices that share sequences: heads, dense feed-forwards, and tokens between blocks")
+    fsdp: bool = setting(False, "gather weights layer by layer where they are used, in both passes, instead of once a "
+                         "step: less memory, more traffic")  # fmt: skip
 
     def __post_init__(self):
         _require_types(self, "mesh.")
@@ -199,7 +205,6 @@ class MeshConfig:
             value = getattr(self, name)
             require(value > 0 or value == -1, f"mesh.{name}", value, "must be positive, or -1 for what is left")
         require(self.pipe == 1, "mesh.pipe", self.pipe, "pipeline parallelism does not exist yet; use 1")
-        require(self.tensor == 1, "mesh.tensor", self.tensor, "tensor parallelism does not exist yet; use 1")
 
 
 @dataclasses.dataclass(frozen=True)

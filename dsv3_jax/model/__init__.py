@@ -17,6 +17,7 @@ from dsv3_jax.model.deepseek_v3 import (
     init_params,
     logits,
     param_specs,
+    param_splits,
     prefill,
     quantize_params,
     split_layers,
@@ -25,6 +26,6 @@ from dsv3_jax.model.params import ParamSpec, compute_dtype, with_masters
 
 __all__ = [
     "Cache", "Forward", "ParamSpec", "cast_params", "compute_dtype", "count_params", "decode_step",
-    "document_starts", "forward", "init_cache", "init_params", "logits", "param_specs", "prefill", "quantize_params",
-    "split_layers", "with_masters",
+    "document_starts", "forward", "init_cache", "init_params", "logits", "param_specs", "param_splits", "prefill",
+    "quantize_params", "split_layers", "with_masters",
 ]  # fmt: skip

@@ -4,8 +4,6 @@ Training expands the latent to per-head keys and values. Decoding never does: W_
 into the output, so attention runs on the cached latents themselves.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,13 +16,17 @@ from dsv3_jax.kernels.attention import causal_attention
 from dsv3_jax.model import rope
 from dsv3_jax.model.layers import Normed, as_array, exact_if_float32, linear, linears
 from dsv3_jax.model.params import Linear, declare
-from dsv3_jax.sharding.rules import map_sequences
+from dsv3_jax.sharding.collectives import gather_tokens, scatter_tokens
 
 LATENT_EPS = 1e-6  # the official code leaves the latent norms at this, whatever rms_norm_eps says
 
 
 class Attention(nnx.Module):
-    """MLA with or without query compression."""
+    """MLA with or without query compression.
+
+    On a mesh every device of the tensor axis has some of the heads. It compresses its own tokens, attends over all
+    tokens of its sequences with its own heads, and keeps its own tokens' sums over all heads.
+    """
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -52,14 +54,15 @@ class Attention(nnx.Module):
         """Attends causally over the whole sequence, or over the documents packed into it.
 
         Args:
-          x_BTD: input, to be normalised.
+          x_BTD: input of the tokens this device owns, to be normalised.
           cosines, sines: rotation of every position, [T, R/2] or [B, T, R/2].
           first_key_BT: int32 index where the document of every token begins; None: all tokens are one document.
 
         Returns:
-          The output [B, T, D], and what a cache keeps of every token: the latent and its rope key, [B, T, C + R].
+          The output of the tokens this device owns, and what a cache keeps of every token: the latent and its rope
+          key, [B, T, C + R].
         """
-        query, kv_BTZ = self._project_down(x_BTD)
+        query, kv_BTZ = self._project_down(x_BTD, token_dim=1)
         q_nope, q_rope = self._queries(query, cosines, sines)
         latent_BTC, k_rope_BTR = self._latents(kv_BTZ, cosines, sines)
         expanded = linear(latent_BTC, self.kv_b_proj[...])
@@ -67,28 +70,29 @@ class Attention(nnx.Module):
         k_rope_BTNR = jnp.broadcast_to(k_rope_BTR[:, :, None], (*k_nope.shape[:-1], k_rope_BTR.shape[-1]))
         q_BTNX = jnp.concatenate([q_nope, q_rope], axis=-1)
         k_BTNX = jnp.concatenate([k_nope, k_rope_BTNR], axis=-1)
-        out_BTD = self._attend_and_project(q_BTNX, k_BTNX, v_BTNU, first_key_BT)
+        out_BTD = scatter_tokens(self._attend_and_project(q_BTNX, k_BTNX, v_BTNU, first_key_BT), 1)
+        out_BTD = checkpoint_name(out_BTD, "attention_projected")
         return out_BTD, jnp.concatenate([latent_BTC.value(), k_rope_BTR], axis=-1)
 
     def decode(self, x_BTD, cosines, sines, cache_BSZ, lengths_B) -> tuple[jax.Array, jax.Array]:
         """Attends from new tokens to the cache, with the up-projections absorbed (§2.1.1; DeepSeek-V2 §2.1.2).
 
         Args:
-          x_BTD: input of T new tokens per row, to be normalised.
+          x_BTD: input of T new tokens per row, of the rows this device owns, to be normalised.
           cosines, sines: rotation of the new tokens' positions, [B, T, R/2].
           cache_BSZ: latents and rope keys of earlier tokens, Z = C + R.
           lengths_B: how many of the cache's tokens are real; new tokens are written from there on.
 
         Returns:
-          The output [B, T, D] and the cache with the new tokens in it.
+          The output of the rows this device owns and the cache with the new tokens in it.
         """
-        query, kv_BTZ = self._project_down(x_BTD)
+        query, kv_BTZ = self._project_down(x_BTD, token_dim=0)
         q_nope, q_rope = self._queries(query, cosines, sines)
         latent_BTC, k_rope_BTR = self._latents(kv_BTZ, cosines, sines)
         new_BTZ = jnp.concatenate([latent_BTC.value(), k_rope_BTR], axis=-1).astype(cache_BSZ.dtype)
         positions_BT = lengths_B[:, None] + jnp.arange(kv_BTZ.shape[1])
         cache_BSZ = cache_BSZ.at[jnp.arange(len(lengths_B))[:, None], positions_BT].set(new_BTZ, mode="drop")
-        return self._attend_absorbed(q_nope, q_rope, cache_BSZ, positions_BT), cache_BSZ
+        return scatter_tokens(self._attend_absorbed(q_nope, q_rope, cache_BSZ, positions_BT), 0), cache_BSZ
 
     def _attend_absorbed(self, q_nope, q_rope, cache_BSZ, positions_BT) -> jax.Array:
         precision = exact_if_float32(q_nope.dtype)
@@ -104,14 +108,20 @@ class Attention(nnx.Module):
         weights_BTNS = jax.nn.softmax(jnp.where(is_visible_BTS[:, :, None], scores_BTNS, -jnp.inf), axis=-1)
         latent_BSC = cache_BSZ[..., : self.config.kv_lora_rank]
         out_BTNC = jnp.einsum("BTNS,BSC->BTNC", weights_BTNS.astype(latent_BSC.dtype), latent_BSC, precision=precision)
-        return self._project_out(jnp.einsum("BTNC,CNU->BTNU", out_BTNC, v_up_CNU, precision=precision))
+        out_BTNU = jnp.einsum("BTNC,CNU->BTNU", out_BTNC, v_up_CNU, precision=precision)
+        return linear(out_BTNU, self.o_proj[...], 2)
 
-    def _project_down(self, x_BTD: Normed) -> tuple[jax.Array, jax.Array]:
-        """Returns the query latent, without compression the queries, and key-value latent beside rope key."""
-        is_compressed = self.config.q_lora_rank is not None
-        query_weight = self.q_a_proj if is_compressed else self.q_proj
-        query, kv_BTZ = linears(x_BTD, (query_weight[...], self.kv_a_proj_with_mqa[...]))
-        return checkpoint_name(query, "q_latent") if is_compressed else query, checkpoint_name(kv_BTZ, "kv_latent")
+    def _project_down(self, x_BTD: Normed, token_dim: int) -> tuple[jax.Array, jax.Array]:
+        """Returns the query latent, without compression the queries, and key-value latent beside rope key.
+
+        They are those of all tokens. Compressed, the latents travel; otherwise the wider inputs have to.
+        """
+        if self.config.q_lora_rank is None:
+            query, kv_BTZ = linears(x_BTD.gather(token_dim), (self.q_proj[...], self.kv_a_proj_with_mqa[...]))
+            return query, checkpoint_name(kv_BTZ, "kv_latent")
+        query, kv_BTZ = linears(x_BTD, (self.q_a_proj[...], self.kv_a_proj_with_mqa[...]))
+        query, kv_BTZ = checkpoint_name(query, "q_latent"), checkpoint_name(kv_BTZ, "kv_latent")
+        return gather_tokens(query, token_dim), gather_tokens(kv_BTZ, token_dim)
 
     def _queries(self, query, cosines, sines) -> tuple[jax.Array, jax.Array]:
         """Returns the position-free part [B, T, N, H] and the rotated part [B, T, N, R] of the queries."""
@@ -128,11 +138,5 @@ class Attention(nnx.Module):
     def _attend_and_project(self, *operands: jax.Array | None) -> jax.Array:
         scale = rope.softmax_scale(self.config)
         if not isinstance(self.o_proj[...], Fp8Weight):
-            attend = functools.partial(causal_attention, scale=scale)
-            return self._project_out(map_sequences(attend, operands))
-        attend_and_project = functools.partial(attention_and_projection, scale=scale)
-        out_BTD = map_sequences(attend_and_project, operands, (self.o_proj[...],))
-        return checkpoint_name(out_BTD, "attention_projected")
-
-    def _project_out(self, out_BTNU) -> jax.Array:
-        return checkpoint_name(linear(out_BTNU, self.o_proj[...], 2), "attention_projected")
+            return linear(causal_attention(*operands, scale=scale), self.o_proj[...], 2)
+        return attention_and_projection(*operands, self.o_proj[...], scale=scale)

@@ -7,22 +7,24 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import Attention
 from dsv3_jax.model.layers import FeedForward, Normed
 from dsv3_jax.model.moe import MoE, MoEStatistics
-from dsv3_jax.model.params import declare
-from dsv3_jax.sharding.rules import constrain
+from dsv3_jax.model.params import declare, gather_layer
+from dsv3_jax.sharding.collectives import scatter_tokens
 
 # What each policy keeps for the backward pass; None keeps everything. "report" recomputes what §3.2.3 and §3.3.3 do:
 # RMSNorms, the up-projections of MLA and SwiGLU outputs. "full" keeps the blocks' inputs only.
 SAVED_NAMES = {
     "none": None,
-    "report": (
-        "q_latent", "kv_latent", "attention_out", "attention_lse", "attention_projected", "gate_up", "expert_out",
-    ),
+    "report": ("q_latent", "kv_latent", "attention_out", "attention_lse", "attention_projected", "gate_up"),
     "full": (),
-}  # fmt: skip
+}
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Pre-norm attention and feed-forward, each added to the residual stream.
+
+    On a mesh the stream holds the tokens that this device owns: pieces of its sequences, or in `decode`, where every
+    sequence has few new tokens, those of some sequences.
+    """
 
     def __init__(self, config: ModelConfig, *, is_moe: bool):
         self.config = config
@@ -31,25 +33,24 @@ class Block(nnx.Module):
         self.input_layernorm = declare(embed, init="ones")
         self.self_attn = Attention(config)
         self.post_attention_layernorm = declare(embed, init="ones")
-        self.mlp = MoE(config) if is_moe else FeedForward(config.hidden_size, config.intermediate_size)
+        self.mlp = MoE(config) if is_moe else FeedForward(config.hidden_size, config.intermediate_size, ffn_axis="ffn")
 
     def __call__(self, x_BTD, cosines, sines, first_key_BT=None) -> tuple[jax.Array, jax.Array, MoEStatistics | None]:
         """Returns the block's output, the latents that a cache keeps, and the routing of a MoE block."""
-        x_BTD = constrain(x_BTD, "batch", None, None)
         attended, cached_BTZ = self.self_attn(self._norm(x_BTD, self.input_layernorm), cosines, sines, first_key_BT)
-        y_BTD, statistics = self._feed_forward(x_BTD + attended)
+        y_BTD, statistics = self._feed_forward(x_BTD + attended, token_dim=1)
         return y_BTD, cached_BTZ, statistics
 
     def decode(self, x_BTD, cosines, sines, cache_BSZ, lengths_B) -> tuple[jax.Array, jax.Array]:
         """Returns the output of new tokens and the cache with them in it."""
         normed = self._norm(x_BTD, self.input_layernorm)
         attended, cache_BSZ = self.self_attn.decode(normed, cosines, sines, cache_BSZ, lengths_B)
-        return self._feed_forward(x_BTD + attended)[0], cache_BSZ
+        return self._feed_forward(x_BTD + attended, token_dim=0)[0], cache_BSZ
 
-    def _feed_forward(self, x_BTD) -> tuple[jax.Array, MoEStatistics | None]:
+    def _feed_forward(self, x_BTD, token_dim: int) -> tuple[jax.Array, MoEStatistics | None]:
         normed = self._norm(x_BTD, self.post_attention_layernorm)
         if not self.is_moe:
-            return x_BTD + self.mlp(normed), None
+            return x_BTD + scatter_tokens(self.mlp(normed.gather(token_dim)), token_dim), None
         y_BTD, statistics = self.mlp(normed)
         return x_BTD + y_BTD, statistics
 
@@ -62,6 +63,7 @@ def scan_blocks(blocks: Block, x_BTD, cosines, sines, first_key_BT) -> tuple[jax
     graphdef, layers = nnx.split(blocks)
 
     def run_layer(x_BTD, layer):
+        layer = gather_layer(blocks.config, Block(blocks.config, is_moe=blocks.is_moe), layer)
         y_BTD, _, statistics = nnx.merge(graphdef, layer)(x_BTD, cosines, sines, first_key_BT)
         return y_BTD, statistics
 

@@ -18,6 +18,7 @@ from dsv3_jax.model.params import (
     cast_from_specs,
     compute_dtype,
     declare,
+    declared,
     init_from_specs,
     is_fp8,
     is_quantized,
@@ -25,7 +26,8 @@ from dsv3_jax.model.params import (
     quantize_from_specs,
     stacked,
 )
-from dsv3_jax.sharding.rules import constrain
+from dsv3_jax.sharding.collectives import gather_tokens, own_tokens, take_token
+from dsv3_jax.sharding.rules import split_param
 
 
 class Forward(typing.NamedTuple):
@@ -34,7 +36,7 @@ class Forward(typing.NamedTuple):
     h_BTD: jax.Array  # after the final norm
     mtp_h: tuple[jax.Array, ...]  # one [B, T, D] per MTP depth, each after its own norm
     tokens_per_expert: dict[str, jax.Array]  # stack name -> int32 [layers, E]
-    balance_loss: jax.Array  # float32 scalar, summed over layers, without alpha
+    balance_loss: jax.Array  # float32 scalar, summed over layers, averaged over sequences, without alpha
 
 
 class DeepseekV3(nnx.Module):
@@ -71,7 +73,7 @@ class DeepseekV3(nnx.Module):
         if first_key_BT is not None:
             positions = positions - first_key_BT
         cosines, sines = rope.rotation(self.config, positions)
-        x_BTD = constrain(self.embed(tokens_BT), "batch", None, None)
+        x_BTD = self.embed(own_tokens(tokens_BT, 1))
         routing = {}
         for name, blocks in self.stacks().items():
             x_BTD, statistics = scan_blocks(blocks, x_BTD, cosines, sines, first_key_BT)
@@ -79,7 +81,7 @@ class DeepseekV3(nnx.Module):
                 routing[name] = statistics
         h_BTD, mtp_h = self.final_norm(x_BTD), ()
         if next_tokens_BT is not None and self.config.num_nextn_predict_layers:
-            embedded_BTD = self.embed(next_tokens_BT)
+            embedded_BTD = self.embed(own_tokens(next_tokens_BT, 1))
             stacked_h, routing["mtp_layers"] = scan_modules(
                 self.mtp_layers, h_BTD, embedded_BTD, cosines, sines, first_key_BT
             )
@@ -99,7 +101,12 @@ class DeepseekV3(nnx.Module):
 
 def param_specs(config: ModelConfig) -> dict:
     """Returns the tree of `ParamSpec`s: what every parameter's shape, logical axes and initializer are."""
-    return nnx.to_pure_dict(nnx.split(DeepseekV3(config))[1])
+    return declared(DeepseekV3(config))
+
+
+def param_splits(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict:
+    """Returns the tree of `Split`s: how every parameter lies on the mesh."""
+    return jax.tree.map(lambda spec: split_param(mesh, spec.shape, spec.axes), param_specs(config))
 
 
 def init_params(config: ModelConfig, key: jax.Array, *, init_std: float) -> dict:
@@ -144,6 +151,9 @@ def forward(
 ) -> Forward:  # fmt: skip
     """Runs the network over whole sequences.
 
+    In a program of `sharding.rules.per_device` every argument is this device's part: its sequences, its parts of the
+    parameters. The result then speaks of the tokens that it owns: a piece of each of its sequences.
+
     Args:
       params: tree of `param_specs`, any float dtype; linears compute in the config's precision.
       tokens_BT: int32 token ids.
@@ -181,6 +191,9 @@ def prefill(
 
     Returns:
       float32 logits [B, V] after the last real token, and the filled cache.
+
+    In a program of `sharding.rules.per_device`, as in `decode_step`, rows are those of this device's batch shard; the
+    devices of a tensor axis all have the same rows, caches and logits.
     """
     length = tokens_BT.shape[1]
     _require_fits(config, length)
@@ -188,12 +201,12 @@ def prefill(
     require(length <= room, "prompt length", length, f"exceeds the cache's {room} tokens; make a longer cache")
     model = _bind(config, params)
     cosines, sines = rope.rotation(config, jnp.arange(length))
-    x_BTD, new_latents = model.embed(tokens_BT), []
+    x_BTD, new_latents = model.embed(own_tokens(tokens_BT, 1)), []
     for blocks in model.stacks().values():
         x_BTD, new_LBTZ = scan_blocks_with_cache(blocks, x_BTD, cosines, sines)
         new_latents += list(new_LBTZ)
     latents = tuple(old.at[:, :length].set(new) for old, new in zip(cache.latents, new_latents, strict=True))
-    last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    last_BD = take_token(x_BTD, lengths_B - 1)
     return model.project_to_logits(model.final_norm(last_BD)), Cache(latents, lengths_B)
 
 
@@ -221,12 +234,13 @@ def decode_step(config: ModelConfig, params: dict, tokens_B: jax.Array, cache: C
     layers = [(name, layer) for name in ("dense_layers", "moe_layers") for layer in _layers(params.get(name, ()))]
     ends = {name: value for name, value in params.items() if not name.endswith("_layers")}
     model = nnx.merge(_graphdef(config, with_layers=False), nnx.State(ends))
-    x_BTD, latents = model.embed(tokens_B[:, None]), []
+    x_BTD, latents = model.embed(own_tokens(tokens_B, 0)[:, None]), []
     for (name, layer), cache_BSZ in zip(layers, cache.latents, strict=True):
         block = nnx.merge(_block_graphdef(config, is_moe=name == "moe_layers"), nnx.State(layer))
         x_BTD, cache_BSZ = block.decode(x_BTD, cosines, sines, cache_BSZ, cache.lengths_B)
         latents.append(cache_BSZ)
-    return model.project_to_logits(model.final_norm(x_BTD[:, 0])), Cache(tuple(latents), cache.lengths_B + 1)
+    logits_BV = gather_tokens(model.project_to_logits(model.final_norm(x_BTD[:, 0])), 0)
+    return logits_BV, Cache(tuple(latents), cache.lengths_B + 1)
 
 
 def _layers(stack: dict | tuple) -> tuple:

@@ -13,7 +13,7 @@ from dsv3_jax.fp8 import feed_forward as fp8_feed_forward
 from dsv3_jax.fp8 import linear as fp8_linear
 from dsv3_jax.fp8.weight import Fp8Weight
 from dsv3_jax.model.params import Linear, declare
-from dsv3_jax.sharding.rules import map_sequences
+from dsv3_jax.sharding.collectives import gather_tokens
 
 
 class Normed(NamedTuple):
@@ -22,6 +22,10 @@ class Normed(NamedTuple):
     x: jax.Array
     weight: jax.Array
     eps: float
+
+    def gather(self, dim: int) -> "Normed":
+        """Returns the input of all tokens of the sequences; this device may own only some of them."""
+        return self._replace(x=gather_tokens(self.x, dim))
 
     def value(self) -> jax.Array:
         """Returns the normalised input in x's dtype."""
@@ -48,11 +52,7 @@ def linears(
     """
     if isinstance(weights[0], Fp8Weight):
         x, norm_weight, eps = x if isinstance(x, Normed) else (x, None, 0.0)
-
-        def multiply(x, norm_weight, weights):
-            return fp8_linear.linears(x, weights, norm_weight=norm_weight, eps=eps)
-
-        return map_sequences(multiply, (x,), (norm_weight, tuple(weights)))
+        return fp8_linear.linears(x, weights, norm_weight=norm_weight, eps=eps)
     x = x.value() if isinstance(x, Normed) else x
     return tuple(_linear(x, weight, contracted_dims) for weight in weights)
 
@@ -150,10 +150,10 @@ def _gate_and_up(gate_up: jax.Array) -> tuple[jax.Array, jax.Array]:
 class FeedForward(nnx.Module):
     """A SwiGLU feed-forward: the dense layers' and the shared experts'."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
-        self.gate_up_proj = declare(("embed", hidden_size), (None, 2), ("ffn", intermediate_size), linear=Linear())
-        self.down_proj = declare(("ffn", intermediate_size), ("embed", hidden_size), linear=Linear(
-            cache_setting="fp8_swiglu_cache"))  # fmt: skip
+    def __init__(self, hidden_size: int, intermediate_size: int, *, ffn_axis: str):
+        embed, ffn = ("embed", hidden_size), (ffn_axis, intermediate_size)
+        self.gate_up_proj = declare(embed, (None, 2), ffn, linear=Linear())
+        self.down_proj = declare(ffn, embed, linear=Linear(cache_setting="fp8_swiglu_cache"))
 
     def weights(self) -> fp8_feed_forward.FeedForwardWeights:
         """Returns both weights, as FP8 feed-forwards take them."""
@@ -163,10 +163,6 @@ class FeedForward(nnx.Module):
         """Maps [..., D] to [..., D]."""
         if isinstance(self.gate_up_proj[...], Fp8Weight):
             x, norm_weight, eps = x if isinstance(x, Normed) else (x, None, 0.0)
-
-            def run(x, norm_weight, weights):
-                return fp8_feed_forward.feed_forward(x, weights, norm_weight=norm_weight, eps=eps)
-
-            return map_sequences(run, (x,), (norm_weight, self.weights()))
+            return fp8_feed_forward.feed_forward(x, self.weights(), norm_weight=norm_weight, eps=eps)
         gate_up = checkpoint_name(linear(x, self.gate_up_proj[...]), "gate_up")
         return linear(swiglu(gate_up), self.down_proj[...])

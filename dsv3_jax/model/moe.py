@@ -15,7 +15,6 @@ from dsv3_jax.kernels import grouped_matmul as kernel
 from dsv3_jax.model.layers import FeedForward, Normed, swiglu
 from dsv3_jax.model.params import Linear, declare
 from dsv3_jax.model.router import balance_loss, route, tokens_per_expert
-from dsv3_jax.sharding.rules import map_sequences
 
 
 class MoEStatistics(typing.NamedTuple):
@@ -30,13 +29,13 @@ class MoE(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         self.config = config
-        routed = ("routed_experts", config.n_routed_experts)
+        routed = ("router_outputs", config.n_routed_experts)
         self.gate = declare(("embed", config.hidden_size), routed)
         self.e_score_correction_bias = declare(routed, init="zeros")
         self.experts = Experts(config)
         if config.n_shared_experts:
             width = config.moe_intermediate_size * config.n_shared_experts
-            self.shared_experts = FeedForward(config.hidden_size, width)
+            self.shared_experts = FeedForward(config.hidden_size, width, ffn_axis="shared_ffn")
 
     def __call__(self, x_BTD: jax.Array | Normed) -> tuple[jax.Array, MoEStatistics]:
         """Maps [B, T, D] to [B, T, D] and reports the routing."""
@@ -56,7 +55,7 @@ class MoE(nnx.Module):
     def _run_experts(self, x_BTD, experts_BTK, weights_BTK) -> jax.Array:
         if isinstance(self.experts.gate_up_proj[...], Fp8Weight):
             shared = self.shared_experts.weights() if self.config.n_shared_experts else None
-            return map_sequences(_serve_fp8, (x_BTD, experts_BTK, weights_BTK), (self.experts.weights(), shared))
+            return _serve_fp8(x_BTD, experts_BTK, weights_BTK, self.experts.weights(), shared)
         y_BTD = self.experts(x_BTD, experts_BTK, weights_BTK)
         return y_BTD + self.shared_experts(x_BTD) if self.config.n_shared_experts else y_BTD
 
@@ -81,7 +80,7 @@ class Experts(nnx.Module):
 
         On a mesh every device serves its own sequences with all experts.
         """
-        return map_sequences(_serve, (x_BTD, experts_BTK, weights_BTK), (self.gate_up_proj[...], self.down_proj[...]))
+        return _serve(x_BTD, experts_BTK, weights_BTK, self.gate_up_proj[...], self.down_proj[...])
 
 
 def _serve(x_BTD, experts_BTK, weights_BTK, gate_up_ED2F, down_EFD) -> jax.Array:

@@ -8,7 +8,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block, remat
 from dsv3_jax.model.layers import linear, rms_norm
 from dsv3_jax.model.moe import MoEStatistics
-from dsv3_jax.model.params import Linear, declare
+from dsv3_jax.model.params import Linear, declare, gather_layer
+from dsv3_jax.sharding.collectives import roll_sequence
 
 
 class MTPModule(nnx.Module):
@@ -56,8 +57,9 @@ def scan_modules(
 
     def run_module(carry, layer):
         h_BTD, embedded_BTD = carry
+        layer = gather_layer(modules.config, MTPModule(modules.config), layer)
         h_BTD, _, statistics = nnx.merge(graphdef, layer)(h_BTD, embedded_BTD, cosines, sines, first_key_BT)
-        return (h_BTD, jnp.roll(embedded_BTD, -1, axis=1)), (h_BTD, statistics)
+        return (h_BTD, roll_sequence(embedded_BTD)), (h_BTD, statistics)
 
     run_module = remat(run_module, modules.config.remat_policy)
     return jax.lax.scan(run_module, (h_BTD, next_embedded_BTD), layers)[1]

@@ -15,6 +15,7 @@ from flax import nnx
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8.weight import Fp8Weight, quantize_weight
+from dsv3_jax.sharding.zero import gather_parts, is_part
 
 FLOAT32_PARAMS = ("input_layernorm", "post_attention_layernorm", "q_a_layernorm", "kv_a_layernorm", "norm", "enorm",
                   "hnorm", "gate", "e_score_correction_bias")  # fmt: skip
@@ -106,12 +107,32 @@ def quantize_from_specs(config: ModelConfig, specs: dict, params: dict | tuple, 
             name: quantize_from_specs(config, specs[name], value, with_gradient=with_gradient)
             for name, value in params.items()
         }
-    if specs.linear is None:
+    if specs.linear is None or is_part(params):
         return params
     return quantize_weight(
         params, contracted_dims=specs.linear.contracted_dims, batch_dims=specs.linear.batch_dims,
         input_cache=getattr(config, specs.linear.cache_setting), with_gradient=with_gradient,
     )  # fmt: skip
+
+
+def gather_layer(config: ModelConfig, module: nnx.Module, layer: nnx.State) -> nnx.State:
+    """Returns the parameters of one layer ready to be computed with, where devices keep parts of them (FSDP).
+
+    Args:
+      module: declares the parameters of such a layer.
+    """
+    params = nnx.to_pure_dict(layer)
+    if not any(map(is_part, jax.tree.leaves(params, is_leaf=is_part))):
+        return layer
+    params = gather_parts(params)
+    if config.precision == "fp8":
+        params = quantize_from_specs(config, declared(module), params, with_gradient=True)
+    return nnx.State(params)
+
+
+def declared(module: nnx.Module) -> dict:
+    """Returns the tree of `ParamSpec`s that a module declares."""
+    return nnx.to_pure_dict(nnx.split(module)[1])
 
 
 def is_fp8(value: Any) -> bool:

@@ -4,10 +4,12 @@ import math
 
 import jax
 
-from dsv3_jax.config import MeshConfig, require
+from dsv3_jax.config import MeshConfig, ModelConfig, require
 
 AXES = ("pipe", "replica", "node", "gpu", "tensor")
-BATCH_AXES = ("replica", "node", "gpu")  # one sequence lives on one device of these
+BATCH_AXES = ("replica", "node", "gpu")  # sequences spread over these
+EXPERT_AXES = ("node", "gpu", "tensor")  # routed experts spread over these
+INNER_AXES = ("gpu", "tensor")  # the devices of one node
 
 
 def make_mesh(config: MeshConfig, *, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -32,3 +34,53 @@ def make_mesh(config: MeshConfig, *, devices: list[jax.Device] | None = None) ->
 def num_batch_shards(mesh: jax.sharding.Mesh) -> int:
     """Returns over how many devices the sequences of a batch spread."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_mesh(config: ModelConfig, mesh: jax.sharding.Mesh, *, sequence_length: int | None = None,
+               num_sequences: int | None = None) -> None:  # fmt: skip
+    """Raises ValueError, which names both numbers and a mesh that would work, unless the network splits over the mesh.
+
+    Args:
+      sequence_length: tokens of a sequence, where its pieces belong to the devices of the tensor axis.
+      num_sequences: sequences of a pass, over all devices.
+    """
+    axes = mesh.shape
+    tensor, nodes = axes["tensor"], axes["node"]
+    require_divides("mesh.tensor", tensor, config.num_attention_heads, "model.num_attention_heads")
+    if config.num_dense_layers:
+        require_divides("mesh.tensor", tensor, config.intermediate_size, "model.intermediate_size")
+    if sequence_length is not None:
+        require_divides("mesh.tensor", tensor, sequence_length, "tokens per sequence")
+    if num_sequences is not None:
+        require_divides("mesh.replica·node·gpu", num_batch_shards(mesh), num_sequences, "sequences of a pass")
+    if config.precision == "fp8":
+        _check_fp8_tiles(config, tensor)
+    if config.num_moe_layers or config.num_nextn_predict_layers:
+        expert_devices = math.prod(axes[axis] for axis in EXPERT_AXES)
+        require_divides("mesh.node·gpu·tensor", expert_devices, config.n_routed_experts, "model.n_routed_experts")
+        require_divides("mesh.node", nodes, config.n_group, "model.n_group (a group of experts lives in one node)")
+
+
+def require_divides(axis: str, devices: int, count: int, counted: str) -> None:
+    """Raises ValueError unless a count splits evenly over the devices of an axis; proposes the largest that would."""
+    best = max(size for size in range(1, min(devices, count) + 1) if count % size == 0)
+    require(count % devices == 0, axis, devices, f"does not divide {counted}={count}; {best} would")
+
+
+def _check_fp8_tiles(config: ModelConfig, tensor: int) -> None:
+    """Requires that every device's part of a weight consists of whole 128x128 blocks, so that a mesh rounds as one."""
+    if tensor == 1:
+        return
+    heads = config.num_attention_heads // tensor
+    parts = {
+        "model.num_attention_heads · v_head_dim": heads * config.v_head_dim,
+        "model.num_attention_heads · (qk_nope_head_dim + qk_rope_head_dim)": heads * config.qk_head_dim,
+        "model.num_attention_heads · (qk_nope_head_dim + v_head_dim)": heads
+        * (config.qk_nope_head_dim + config.v_head_dim),
+    }
+    if config.num_dense_layers:
+        parts["model.intermediate_size"] = config.intermediate_size // tensor
+    for name, part in parts.items():
+        require(part % 128 == 0, "mesh.tensor", tensor,
+                f"leaves {part} of {name}={part * tensor} to a device; precision=fp8 needs a multiple of 128: "
+                "use fewer devices on this axis, or bf16")  # fmt: skip

@@ -2,54 +2,44 @@
 
 | array | where |
 |---|---|
-| activations | batch over (replica, node, gpu) |
-| parameters as computed with | whole on every device |
-| master weights, moments | ZeRO-1: the first dimension that divides, over (replica, node, gpu) |
+| tokens of a batch | sequences over (replica, node, gpu) |
+| activations between blocks | besides, the tokens of a sequence over tensor (SP) |
+| heads of attention, columns of dense feed-forwards | tensor (TP) |
+| routed experts | node, gpu, tensor (EP) |
+| other parameters | whole on every device |
+| master weights, moments | besides, ZeRO-1: over what is left of (replica, node, gpu) |
 """
 
-import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsv3_jax.sharding.mesh import BATCH_AXES
+from dsv3_jax.sharding.mesh import AXES, BATCH_AXES, EXPERT_AXES
+from dsv3_jax.sharding.zero import Split
 
-ACTIVATION_RULES = {"batch": BATCH_AXES}
-
-
-def activation_spec(*axes: str | None) -> PartitionSpec:
-    """Returns the partition of an activation whose dimensions have these logical names (None: unnamed)."""
-    return PartitionSpec(*(ACTIVATION_RULES.get(axis) for axis in axes))
+PARAM_RULES = {"heads": ("tensor",), "ffn": ("tensor",), "routed_experts": EXPERT_AXES}
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation to the rules' layout on the ambient mesh; without a mesh returns it unchanged."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, activation_spec(*axes))
+def per_device(function: Callable, *, mesh: jax.sharding.Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    """Returns a function of whole arrays that runs `function` on every device with its parts of them.
 
-
-def map_sequences(function: Callable, of_sequences: tuple, of_all: tuple = ()) -> jax.Array:
-    """Calls function(*of_sequences, *of_all) on every device with its own sequences; without a mesh, once.
-
-    For what XLA cannot split by itself, such as a kernel.
-
-    Args:
-      function: maps arrays whose first dimension is the batch, and others, to one with the batch first.
-      of_sequences: arrays [B, ...].
-      of_all: arrays that are whole on every device.
+    Inside, parts travel by `sharding.collectives` alone.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return function(*of_sequences, *of_all)
-    own = activation_spec("batch")
-    in_specs = (own,) * len(of_sequences) + (PartitionSpec(),) * len(of_all)
-    return jax.shard_map(function, in_specs=in_specs, out_specs=own, check_vma=False)(*of_sequences, *of_all)
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(AXES), check_vma=False
+    )
+
+
+def batch_spec(*, leading_dims: int = 0) -> PartitionSpec:
+    """Returns the partition of a batch of sequences whose batch dimension follows `leading_dims` others."""
+    return PartitionSpec(*(None,) * leading_dims, BATCH_AXES)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, *, leading_dims: int = 0) -> NamedSharding:
     """Returns the sharding of a batch of sequences whose batch dimension follows `leading_dims` others."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * leading_dims, BATCH_AXES))
+    return NamedSharding(mesh, batch_spec(leading_dims=leading_dims))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -57,21 +47,34 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def param_sharding(mesh: jax.sharding.Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
-    """Returns where a parameter lies while it is computed with."""
-    del shape, axes
-    return replicated(mesh)
+def split_param(
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> Split:
+    """Returns how a parameter is split where it is computed with, and where its master copy and moments are kept.
 
-
-def optimizer_sharding(mesh: jax.sharding.Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
-    """Returns where the master copy and the moments of a parameter lie (ZeRO-1).
-
-    The layer dimension is never split: a scan over layers would gather it whole.
+    Every batch axis that does not hold different parts of the parameter already splits the first dimension that it
+    divides; one that divides none keeps copies. The layer dimension is never split: a scan runs over it.
     """
-    num_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    spec = [None] * len(shape)
-    for dim, (size, axis) in enumerate(zip(shape, axes, strict=True)):
-        if axis != "layers" and size % num_shards == 0:
-            spec[dim] = BATCH_AXES
-            break
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    compute = [PARAM_RULES.get(axis, ()) for axis in axes]
+    master = list(compute)
+    left = [size // _num_parts(mesh, parts) for size, parts in zip(shape, compute, strict=True)]
+    for batch_axis in BATCH_AXES:
+        if any(batch_axis in parts for parts in compute):
+            continue
+        for dim, axis in enumerate(axes):
+            if axis != "layers" and left[dim] % mesh.shape[batch_axis] == 0:
+                master[dim] += (batch_axis,)
+                left[dim] //= mesh.shape[batch_axis]
+                break
+    return Split(_spec(compute), _spec(master))
+
+
+def _spec(parts: list[tuple[str, ...]]) -> PartitionSpec:
+    return PartitionSpec(*(axes or None for axes in parts))
+
+
+def _num_parts(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, axes: tuple[str, ...]) -> int:
+    parts = 1
+    for axis in axes:
+        parts *= mesh.shape[axis]
+    return parts

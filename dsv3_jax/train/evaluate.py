@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig, RunConfig, require
 from dsv3_jax.data import EvaluationBatch, Tokenizer
-from dsv3_jax.model import cast_params, document_starts, forward
-from dsv3_jax.sharding.mesh import num_batch_shards
-from dsv3_jax.sharding.rules import batch_sharding
+from dsv3_jax.model import cast_params, document_starts, forward, param_splits
+from dsv3_jax.sharding.collectives import SEQUENCE_AXIS, own_tokens
+from dsv3_jax.sharding.mesh import BATCH_AXES, num_batch_shards
+from dsv3_jax.sharding.rules import batch_sharding, batch_spec, per_device, replicated
+from dsv3_jax.sharding.zero import as_part, gather_parts
 from dsv3_jax.train.loss import chunk_columns, token_cross_entropy
 
 ScoreTokens = Callable[[dict, np.ndarray], jax.Array]
@@ -40,7 +43,7 @@ def make_score_tokens(config: ModelConfig, mesh: jax.sharding.Mesh, *, chunk_tok
     """Builds `score(params, tokens_BT1) -> float32 [B, T]`: -log P in nats of every token after the first.
 
     With segment_masks a token is predicted from its own document alone, as `data.segment_masks` trains it.
-    params may be float32 or cast. The caller enters `jax.set_mesh(mesh)`.
+    params are float32 and lie as `master_shardings` says, or on one device, where they may have been cast.
     """
 
     def score(params: dict, tokens_BT1: jax.Array) -> jax.Array:
@@ -49,10 +52,19 @@ def make_score_tokens(config: ModelConfig, mesh: jax.sharding.Mesh, *, chunk_tok
         inputs_BT = tokens_BT1[:, :-1]
         first_key_BT = document_starts(inputs_BT, config.bos_token_id) if segment_masks else None
         h_BTD = forward(config, params, inputs_BT, first_key_BT=first_key_BT).h_BTD
-        num_columns = chunk_columns(targets_BT.shape, num_batch_shards(mesh), chunk_tokens)
-        return token_cross_entropy(h_BTD, params["lm_head"], targets_BT, num_columns)
+        targets_Bt = own_tokens(targets_BT, 1)
+        return token_cross_entropy(h_BTD, params["lm_head"], targets_Bt, chunk_columns(targets_Bt.shape, chunk_tokens))
 
-    return jax.jit(score, in_shardings=(None, batch_sharding(mesh)))
+    def score_parts(parts: dict, tokens_BT1: jax.Array) -> jax.Array:
+        return score(gather_parts(jax.tree.map(as_part, parts, param_splits(config, mesh))), tokens_BT1)
+
+    scores = PartitionSpec(BATCH_AXES, SEQUENCE_AXIS)
+    if mesh.size == 1:
+        share = per_device(score, mesh=mesh, in_specs=(PartitionSpec(), batch_spec()), out_specs=scores)
+    else:
+        masters = jax.tree.map(lambda split: split.master, param_splits(config, mesh))
+        share = per_device(score_parts, mesh=mesh, in_specs=(masters, batch_spec()), out_specs=scores)
+    return jax.jit(share, in_shardings=(None, batch_sharding(mesh)), out_shardings=replicated(mesh))
 
 
 def score_sources(score_tokens: ScoreTokens, params: dict, batches: Iterable[EvaluationBatch], *,

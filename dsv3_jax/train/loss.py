@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from dsv3_jax.config import RunConfig
 from dsv3_jax.model import document_starts, forward
 from dsv3_jax.model.layers import exact_if_float32
+from dsv3_jax.sharding.collectives import own_tokens, size
+from dsv3_jax.sharding.mesh import BATCH_AXES
 
 
 class Losses(NamedTuple):
@@ -23,8 +25,9 @@ class Losses(NamedTuple):
     balance: jax.Array  # sequence-wise balance loss without alpha
 
 
-def training_loss(config: RunConfig, params: dict, tokens_BT1: jax.Array, *, mtp_loss_weight: jax.Array,
-                  num_batch_shards: int) -> tuple[jax.Array, tuple[Losses, dict]]:  # fmt: skip
+def training_loss(
+    config: RunConfig, params: dict, tokens_BT1: jax.Array, *, mtp_loss_weight: jax.Array
+) -> tuple[jax.Array, tuple[Losses, dict]]:
     """Returns the loss to differentiate, and (its parts, tokens per expert).
 
     total = main + λ/D · Σ_k L_k + α · balance (§2.1.2, §2.2 equations 24 and 25).
@@ -36,7 +39,9 @@ def training_loss(config: RunConfig, params: dict, tokens_BT1: jax.Array, *, mtp
       params: float32 master weights; they are rounded where they are used, and their gradients are float32 (§3.3.2).
       tokens_BT1: int32 [B, T+1]; the last T are the targets.
       mtp_loss_weight: λ.
-      num_batch_shards: devices that B spreads over; `train.loss_chunk_tokens` counts tokens of one device.
+
+    In a program of `sharding.rules.per_device` all of this is one device's share: the losses of the batch, and its
+    tokens per expert, are the sums over all devices.
     """
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     depth = config.model.num_nextn_predict_layers
@@ -44,23 +49,25 @@ def training_loss(config: RunConfig, params: dict, tokens_BT1: jax.Array, *, mtp
     first_key_BT = None if starts_BT1 is None else starts_BT1[:, :-1]
     next_tokens_BT = targets_BT if depth else None
     output = forward(config.model, params, inputs_BT, next_tokens_BT=next_tokens_BT, first_key_BT=first_key_BT)
-    num_columns = chunk_columns(targets_BT.shape, num_batch_shards, config.train.loss_chunk_tokens)
     cross_entropy = functools.partial(
-        mean_cross_entropy, head_DV=params["lm_head"], targets_BT=targets_BT, num_columns=num_columns,
-        starts_BT1=starts_BT1,
+        mean_cross_entropy, head_DV=params["lm_head"], targets_BT=targets_BT,
+        chunk_tokens=config.train.loss_chunk_tokens, starts_BT1=starts_BT1,
     )  # fmt: skip
 
     main = cross_entropy(output.h_BTD)
     mtp = jnp.zeros((), jnp.float32)
     for k, h_BTD in enumerate(output.mtp_h, start=1):
         mtp += cross_entropy(h_BTD, offset=k) / depth
-    total = main + mtp_loss_weight * mtp + config.train.balance_loss_alpha * output.balance_loss
-    return total, (Losses(total, main, mtp, output.balance_loss), output.tokens_per_expert)
+    balance = output.balance_loss / size(BATCH_AXES)
+    total = main + mtp_loss_weight * mtp + config.train.balance_loss_alpha * balance
+    return total, (Losses(total, main, mtp, balance), output.tokens_per_expert)
 
 
-def mean_cross_entropy(h_BTD: jax.Array, *, head_DV: jax.Array, targets_BT: jax.Array, num_columns: int,
+def mean_cross_entropy(h_BtD: jax.Array, *, head_DV: jax.Array, targets_BT: jax.Array, chunk_tokens: int,
                        offset: int = 0, starts_BT1: jax.Array | None = None) -> jax.Array:  # fmt: skip
     """Returns -1/(B·T) · Σ log P(target), where position i predicts targets[i + offset].
+
+    On a mesh, B counts the sequences of all devices and the sum runs over the tokens h that this device owns.
 
     The last `offset` positions predict nothing and add nothing; the divisor stays B·T, as in equation 24. The same
     holds for positions whose target belongs to another document, by the starts of all T + 1 tokens' documents.
@@ -70,19 +77,18 @@ def mean_cross_entropy(h_BTD: jax.Array, *, head_DV: jax.Array, targets_BT: jax.
     if starts_BT1 is not None:
         has_target_BT &= jnp.roll(starts_BT1[:, 1:], -offset, axis=1) == starts_BT1[:, :-1]
     shifted_BT = jnp.roll(targets_BT, -offset, axis=1)
-    weights_BT = jnp.where(has_target_BT, 1 / (batch * length), 0.0)
-    return weighted_cross_entropy(h_BTD, head_DV, shifted_BT, weights_BT, num_columns)
+    weights_BT = jnp.where(has_target_BT, 1 / (batch * size(BATCH_AXES) * length), 0.0)
+    shifted_Bt, weights_Bt = own_tokens(shifted_BT, 1), own_tokens(weights_BT, 1)
+    return weighted_cross_entropy(h_BtD, head_DV, shifted_Bt, weights_Bt, chunk_columns(shifted_Bt.shape, chunk_tokens))
 
 
-def chunk_columns(shape_BT: tuple[int, int], num_batch_shards: int, chunk_tokens: int) -> int:
-    """Returns how many positions of every sequence form a chunk, so that a device holds about chunk_tokens logits.
+def chunk_columns(shape_BT: tuple[int, int], chunk_tokens: int) -> int:
+    """Returns how many positions of every sequence form a chunk of about chunk_tokens logits.
 
-    Chunks run along the sequence, so they never cut across devices; at least one position, at most all. Among the sizes
-    that need equally many chunks the smallest is taken.
+    At least one position, at most all. Among the sizes that need equally many chunks the smallest is taken.
     """
     batch, length = shape_BT
-    rows = -(-batch // num_batch_shards)
-    num_chunks = -(-length // min(length, max(1, chunk_tokens // rows)))
+    num_chunks = -(-length // min(length, max(1, chunk_tokens // batch)))
     return -(-length // num_chunks)
 
 

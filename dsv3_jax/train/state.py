@@ -4,10 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.model import init_params, param_specs
-from dsv3_jax.sharding.rules import optimizer_sharding, replicated
+from dsv3_jax.model import init_params, param_splits
+from dsv3_jax.sharding.rules import replicated
 from dsv3_jax.train.optimizer import AdamWState, adamw
 
 
@@ -52,7 +53,7 @@ def state_shardings(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainState:
 
 def master_shardings(config: RunConfig, mesh: jax.sharding.Mesh) -> dict:
     """Returns the sharding of every master weight."""
-    return jax.tree.map(lambda spec: optimizer_sharding(mesh, spec.shape, spec.axes), param_specs(config.model))
+    return jax.tree.map(lambda split: NamedSharding(mesh, split.master), param_splits(config.model, mesh))
 
 
 def abstract_state(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainState:

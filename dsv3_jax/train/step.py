@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
-from dsv3_jax.config import RunConfig, require
-from dsv3_jax.model import param_specs, quantize_params, with_masters
-from dsv3_jax.sharding.mesh import num_batch_shards
-from dsv3_jax.sharding.rules import batch_sharding, param_sharding, replicated
+from dsv3_jax.config import RunConfig
+from dsv3_jax.model import param_splits, quantize_params, with_masters
+from dsv3_jax.sharding.collectives import sum_over
+from dsv3_jax.sharding.mesh import AXES, check_mesh
+from dsv3_jax.sharding.rules import batch_sharding, batch_spec, per_device, replicated
+from dsv3_jax.sharding.zero import as_part, gather_parts, is_part, reduce_gradient
 from dsv3_jax.train import schedule
 from dsv3_jax.train.loss import Losses, training_loss
 from dsv3_jax.train.optimizer import CORRECTION_BIAS, adamw, clip_factor, global_norm
@@ -36,7 +39,7 @@ def make_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainStep:
     clipping), is_good, bad_steps, bad_steps_in_row, tokens_per_expert (int32, by stack, of the whole batch).
 
     Raises:
-      ValueError: the sequences of a pass do not spread evenly over the devices.
+      ValueError: the network or a pass does not split evenly over the mesh.
     """
     jitted = _jit_step(config, mesh)
 
@@ -62,26 +65,19 @@ def trace_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.T
 
 
 def _jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable:
-    rows, num_shards = config.train.rows_per_pass, num_batch_shards(mesh)
-    require(rows % num_shards == 0, "train.microbatch_size", rows,
-            f"must be a multiple of the {num_shards} devices that sequences spread over")  # fmt: skip
+    check_mesh(config.model, mesh, sequence_length=config.data.sequence_length,
+               num_sequences=config.train.rows_per_pass)  # fmt: skip
     shardings = state_shardings(config, mesh)
-    compute_shardings = jax.tree.map(
-        lambda spec: param_sharding(mesh, spec.shape, spec.axes), param_specs(config.model)
+    param_parts = jax.tree.map(lambda sharding: sharding.spec, shardings.params)
+    share = per_device(
+        functools.partial(_device_share, config, mesh),
+        mesh=mesh,
+        in_specs=(param_parts, batch_spec(leading_dims=1), PartitionSpec()),
+        out_specs=(param_parts, PartitionSpec(), PartitionSpec()),
     )
-    loss = functools.partial(training_loss, config, num_batch_shards=num_shards)
 
     def step(state: TrainState, tokens_ABT: jax.Array, scalars: dict) -> tuple[TrainState, dict]:
-        params = jax.lax.with_sharding_constraint(state.params, compute_shardings)
-        quantized = quantize_params(config.model, params)  # once, for all passes
-
-        def loss_of_masters(masters, tokens_BT1):
-            return loss(with_masters(quantized, masters), tokens_BT1, mtp_loss_weight=scalars["mtp_loss_weight"])
-
-        gradient = jax.grad(loss_of_masters, has_aux=True)
-        grads, losses, tokens_per_expert = _sum_over_passes(gradient, params, tokens_ABT, scalars["num_passes"])
-        grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-        losses = jax.tree.map(lambda value: value / scalars["num_passes"], losses)
+        grads, losses, tokens_per_expert = share(state.params, tokens_ABT, scalars)
         return update_state(config, state, grads, losses, tokens_per_expert, scalars)
 
     return jax.jit(
@@ -90,6 +86,26 @@ def _jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable:
         in_shardings=(shardings, batch_sharding(mesh, leading_dims=1), replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
     )
+
+
+def _device_share(config: RunConfig, mesh: jax.sharding.Mesh, masters: dict, tokens_ABT: jax.Array, scalars: dict):
+    """Computes on one device: its part of the summed gradients; losses and tokens per expert of the whole batch."""
+    splits = param_splits(config.model, mesh)
+    is_layered = {name: config.mesh.fsdp and name.endswith("_layers") for name in masters}
+    parts = jax.tree.map(as_part, masters, splits)
+    params = {name: tree if is_layered[name] else gather_parts(tree) for name, tree in parts.items()}
+    quantized = quantize_params(config.model, params)  # once, for all passes
+
+    def loss_of_masters(masters, tokens_BT1):
+        return training_loss(
+            config, with_masters(quantized, masters), tokens_BT1, mtp_loss_weight=scalars["mtp_loss_weight"]
+        )
+
+    gradient = jax.grad(loss_of_masters, has_aux=True)
+    grads, losses, tokens_per_expert = _sum_over_passes(gradient, params, tokens_ABT, scalars["num_passes"])
+    grads = jax.tree.map(reduce_gradient, grads, splits, is_leaf=is_part)
+    losses = jax.tree.map(lambda value: sum_over(value / scalars["num_passes"], AXES), losses)
+    return grads, losses, sum_over(tokens_per_expert, AXES)
 
 
 def as_scalars(config: RunConfig, settings: StepSettings) -> dict:

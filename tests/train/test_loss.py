@@ -82,7 +82,7 @@ def test_mtp_loss_divides_by_all_positions(offset):
             position = i - offset - 1  # the prediction of t_i at depth k stands at position i - k - 1, counted from 1
             scores_V = np.asarray(h_BTD[b, position - 1], np.float64) @ np.asarray(head_DV, np.float64)
             total -= (scores_V - np.log(np.sum(np.exp(scores_V))))[tokens[i - 1]] / T
-    loss = mean_cross_entropy(h_BTD, head_DV=head_DV, targets_BT=targets_BT, num_columns=5, offset=offset)
+    loss = mean_cross_entropy(h_BTD, head_DV=head_DV, targets_BT=targets_BT, chunk_tokens=5 * B, offset=offset)
     np.testing.assert_allclose(loss, total / B, rtol=1e-5)
 
 
@@ -93,7 +93,7 @@ def test_training_loss_adds_its_parts(micro):
 
     @jax.jit
     def compute(params):
-        loss = training_loss(micro, params, tokens, mtp_loss_weight=0.3, num_batch_shards=1)
+        loss = training_loss(micro, params, tokens, mtp_loss_weight=0.3)
         output = forward(micro.model, params, tokens[:, :-1], next_tokens_BT=tokens[:, 1:])
         log_probabilities = [
             jax.nn.log_softmax(logits(micro.model, params, h_BTD)) for h_BTD in (output.h_BTD, output.mtp_h[0])
@@ -110,14 +110,8 @@ def test_training_loss_adds_its_parts(micro):
 
 
 @pytest.mark.parametrize(
-    ("shape", "num_shards", "chunk_tokens", "expected"),
-    [
-        ((2, 4096), 1, 2048, 1024),
-        ((2, 4096), 2, 2048, 2048),
-        ((4, 10), 1, 16, 4),
-        ((4, 10), 1, 1, 1),
-        ((1, 7), 1, 99, 7),
-    ],
+    ("shape", "chunk_tokens", "expected"),
+    [((2, 4096), 2048, 1024), ((1, 4096), 2048, 2048), ((4, 10), 16, 4), ((4, 10), 1, 1), ((1, 7), 99, 7)],
 )
-def test_a_chunk_holds_about_the_tokens_asked_for(shape, num_shards, chunk_tokens, expected):
-    assert chunk_columns(shape, num_shards, chunk_tokens) == expected
+def test_a_chunk_holds_about_the_tokens_asked_for(shape, chunk_tokens, expected):
+    assert chunk_columns(shape, chunk_tokens) == expected

@@ -70,7 +70,7 @@ def test_loss_and_gradients_are_those_of_the_documents_alone(segmented):
     assert sorted(map(len, documents)) == [1, 1, 2, 6, 10, 14, 17]
 
     def packed(params):
-        return training_loss(config, params, tokens_BT1, mtp_loss_weight=0.3, num_batch_shards=1)
+        return training_loss(config, params, tokens_BT1, mtp_loss_weight=0.3)
 
     def alone(params):
         main, *mtp = losses_alone(segmented.model, params, documents, depth=2)
@@ -110,9 +110,8 @@ def test_positions_begin_with_every_document(monkeypatch):
 def test_scores_are_those_of_the_documents_alone(segmented):
     params, tokens_BT1 = telling_params(segmented.model, 0), packed_tokens()
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    with jax.set_mesh(mesh):  # here attention runs inside shard_map
-        score = make_score_tokens(segmented.model, mesh, chunk_tokens=8, segment_masks=True)
-        losses_BT = np.array(score(params, tokens_BT1))
+    score = make_score_tokens(segmented.model, mesh, chunk_tokens=8, segment_masks=True)
+    losses_BT = np.array(score(params, tokens_BT1))
     losses_BT[tokens_BT1[:, 1:] == BOS] = 0.0
     main, *_ = jax.jit(lambda params: losses_alone(segmented.model, params, documents_alone(tokens_BT1), depth=2))(
         params
@@ -130,7 +129,7 @@ def test_fp8_linears_see_the_same_documents(segmented):
     config = dataclasses.replace(segmented, model=model)
 
     def packed(params):
-        return training_loss(config, params, tokens_BT1, mtp_loss_weight=0.0, num_batch_shards=1)[0]
+        return training_loss(config, params, tokens_BT1, mtp_loss_weight=0.0)[0]
 
     def alone(params):
         return losses_alone(model, params, documents_alone(tokens_BT1), depth=0)[0] / (len(STARTS) * LENGTH)
