@@ -23,6 +23,7 @@ from absl import logging as absl_logging
 
 from dsv3_jax.config import RunConfig, from_json, require, settings, to_json
 from dsv3_jax.model import ParamSpec, param_specs
+from dsv3_jax.sharding.processes import is_first
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -52,6 +53,8 @@ absl_logging.get_absl_logger().addFilter(_is_worth_showing)
 class TrainingCheckpoints:
     """The checkpoints of one workdir, opened for one configuration, which is written into it.
 
+    Several processes open, save, restore and close together; every one writes what its devices hold.
+
     Raises:
       ValueError: the workdir belongs to another configuration, or holds something else; nothing was changed.
     """
@@ -60,8 +63,9 @@ class TrainingCheckpoints:
         self._workdir = Path(workdir)
         require_same_run(self._workdir, config)
         self._config = config
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        _write_config(self._workdir, config)
+        if is_first():
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            _write_config(self._workdir, config)
         self._manager = _open_manager(self._workdir, config)
 
     def save(self, step: int, trees: dict[str, Any], *, progress: dict) -> None:
@@ -132,7 +136,8 @@ class TrainingCheckpoints:
         except (OSError, ValueError) as error:
             if "os_error_code" not in str(error) and not isinstance(error, OSError):
                 raise
-            _remove_unfinished(self._workdir)
+            if is_first():
+                _remove_unfinished(self._workdir)
             raise self._failed_write(_errno(error), _reason(error)) from error
 
 
@@ -176,8 +181,8 @@ def require_same_run(workdir: str | Path, config: RunConfig) -> None:
                 f"has {CHECKPOINTS}/ but no {CONFIG_FILE}, so it is not a run of this program; "
                 "choose another directory")  # fmt: skip
         return
-    there = _settings_of(_read_config(workdir))
-    here = _settings_of(config)
+    there = settings_of(_read_config(workdir))
+    here = settings_of(config)
     step = newest_step(workdir)
     is_bare = step is not None and "optimizer" not in saved_items(workdir, step)
     differing = [
@@ -238,6 +243,18 @@ def save_params(workdir: str | Path, config: RunConfig, params: dict) -> None:
     checkpoints = TrainingCheckpoints(workdir, config)
     checkpoints.save(0, {"params": params}, progress={})
     checkpoints.close()
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """Returns a configuration as dotted path -> value, settings of an absent section left out."""
+    found = {}
+    for setting in settings():
+        section: Any = config
+        for name in setting.path.split("."):
+            section = getattr(section, name) if section is not None else None
+        if section is not None:
+            found[setting.path] = section
+    return found
 
 
 def _in_blocks(config: RunConfig) -> dict:
@@ -306,18 +323,6 @@ def _write_config(workdir: Path, config: RunConfig) -> None:
     temporary = workdir / f".{CONFIG_FILE}.tmp"
     temporary.write_text(to_json(config))
     os.replace(temporary, workdir / CONFIG_FILE)
-
-
-def _settings_of(config: RunConfig) -> dict[str, Any]:
-    """Returns dotted path -> value, settings of an absent section left out."""
-    found = {}
-    for setting in settings():
-        section: Any = config
-        for name in setting.path.split("."):
-            section = getattr(section, name) if section is not None else None
-        if section is not None:
-            found[setting.path] = section
-    return found
 
 
 def _errno(error: Exception) -> int:

@@ -1,5 +1,8 @@
 """A training run, from a configuration to a finished workdir. The same call again continues where the run stopped.
 
+Several processes train as one: each calls `train` alike, reads its own rows and writes its own part of the
+checkpoints; the first alone writes everything else.
+
 Order of what happens after step n, so that a kill at any moment repeats steps but loses and doubles nothing: moving
 average, metrics of every step up to n, held-out evaluation, checkpoint of step n.
 """
@@ -12,20 +15,31 @@ import signal
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from dsv3_jax.checkpoint.training import TrainingCheckpoints, newest_step, read_run, require_same_run, saved_items
+from dsv3_jax.checkpoint.training import (
+    TrainingCheckpoints,
+    newest_step,
+    read_run,
+    require_same_run,
+    saved_items,
+    settings_of,
+)
 from dsv3_jax.config import RunConfig, require
 from dsv3_jax.data import Corpus, Tokenizer, TrainBatches, heldout_windows, open_corpus
 from dsv3_jax.data.prepared import TOKENIZER
 from dsv3_jax.sharding.mesh import make_mesh, num_batch_shards
+from dsv3_jax.sharding.processes import ALONE, Processes, is_first
 from dsv3_jax.train import schedule
 from dsv3_jax.train.activation_memory import activation_lines
+from dsv3_jax.train.batches import next_batch, place_rows
 from dsv3_jax.train.ema import host_structs, init_ema, update_ema
 from dsv3_jax.train.evaluate import Score, heldout_batch_size, make_score_tokens, score_sources, total
-from dsv3_jax.train.metrics import RunLog, Screen, Throughput, fetch, progress_line, step_record
+from dsv3_jax.train.metrics import NoLog, RunLog, Screen, SilentScreen, Throughput, fetch, progress_line, step_record
 from dsv3_jax.train.plots import write_plots
+from dsv3_jax.train.requests import Requests
 from dsv3_jax.train.state import TrainState, abstract_state, fresh_state, init_state, state_shardings
-from dsv3_jax.train.step import make_train_step, split_batch
+from dsv3_jax.train.step import make_train_step
 
 
 @dataclasses.dataclass
@@ -38,17 +52,25 @@ class Progress:
     corpus: str = ""  # fingerprint of the corpus
 
 
-def train(config: RunConfig, workdir: str | Path) -> signal.Signals | None:
+def train(config: RunConfig, workdir: str | Path, *, processes: Processes = ALONE) -> signal.Signals | None:
     """Trains until the configured end, or until SIGTERM or SIGINT; the last step is saved either way.
+
+    SIGUSR1 saves and goes on. A signal to one process is one to all.
 
     Writes into the workdir: config.json, tokenizer/, checkpoints/, metrics.jsonl, tensorboard/, loss.png,
     expert_load.png.
 
+    Args:
+      config: the run.
+      workdir: a directory that all processes share.
+      processes: those of `join`.
+
     Returns:
-      The signal that ended the run early, None at its end.
+      The signal that ended the run early, None at its end; the same in all processes.
 
     Raises:
-      ValueError: a setting, corpus, mesh or workdir that cannot work, before anything is written.
+      ValueError: a setting, corpus, mesh or workdir that cannot work, or in which the processes differ, before anything
+        is written.
       OSError: a checkpoint could not be written.
       FloatingPointError: `train.max_bad_steps` steps in a row were skipped.
     """
@@ -60,19 +82,24 @@ def train(config: RunConfig, workdir: str | Path) -> signal.Signals | None:
     progress = read_progress(workdir, config, corpus)
     batches = TrainBatches(corpus, config.data, seed=config.train.seed, position=progress.position)
     evaluate = _make_heldout_evaluation(config, mesh, corpus)
-    with jax.set_mesh(mesh), Screen() as screen, _StopSignals() as stop_signals, contextlib.closing(batches):
+    processes.require_agreement(run_facts(config, workdir, corpus))
+    make_shared(workdir, processes)
+    screens = Screen() if is_first() else SilentScreen()
+    with jax.set_mesh(mesh), screens as screen, Requests(mesh) as requests, contextlib.closing(batches):
         checkpoints = TrainingCheckpoints(workdir, config)
-        copy_tokenizer(workdir, corpus)
+        if is_first():
+            copy_tokenizer(workdir, corpus)
         state, ema = _start_or_resume(config, mesh, checkpoints, workdir, screen)
         reporter = _Reporter(config, workdir, progress.step, screen, batches, num_devices=mesh.size)
         for line in source_lines(batches) + activation_lines(config, num_batch_shards=num_batch_shards(mesh)):
             screen.say(line)
         is_saved, is_evaluated = newest_step(workdir) == progress.step, progress.step > 0
 
-        while not is_finished(config, progress) and not stop_signals.received:
+        while not is_finished(config, progress) and not requests.stop:
             settings = schedule.at(config.train, step=progress.step, tokens=progress.tokens)
-            tokens_ABT = split_batch(config, batches.next(settings.batch_size))
+            tokens_ABT = next_batch(config, mesh, batches, batch_size=settings.batch_size)
             state, metrics = train_step(state, tokens_ABT, settings)
+            requests.exchange()
             progress.step += 1
             progress.tokens += settings.batch_size * config.data.sequence_length
             progress.position = batches.position
@@ -81,7 +108,7 @@ def train(config: RunConfig, workdir: str | Path) -> signal.Signals | None:
             reporter.report(dataclasses.replace(progress), settings, metrics)
 
             is_evaluated = is_due(progress.step, config.train.eval_every_steps)
-            is_saved = is_due(progress.step, config.train.checkpoint_every_steps)
+            is_saved = is_due(progress.step, config.train.checkpoint_every_steps) or requests.take_save()
             if is_evaluated or is_saved:
                 reporter.flush()
             if is_evaluated:
@@ -96,10 +123,32 @@ def train(config: RunConfig, workdir: str | Path) -> signal.Signals | None:
             save(checkpoints, state, ema, progress)
         checkpoints.close()
         reporter.close()
-        for path in write_plots(workdir):
+        for path in write_plots(workdir) if is_first() else []:
             screen.say(f"wrote {path}")
         screen.say(f"step {progress.step} is saved in {workdir}")
-        return stop_signals.received
+        return requests.stop
+
+
+def run_facts(config: RunConfig, workdir: str | Path, corpus: Corpus) -> dict[str, object]:
+    """Returns what must be the same in all processes of a run, wherever each finds its copy of the corpus."""
+    facts = {path: value for path, value in settings_of(config).items() if path != "data.corpus"}
+    return facts | {
+        "identity of the corpus": corpus.fingerprint,
+        "newest checkpoint in the workdir": newest_step(workdir),
+        "devices of the process": jax.local_device_count(),
+    }
+
+
+def make_shared(workdir: str | Path, processes: Processes) -> None:
+    """Makes the workdir.
+
+    Raises:
+      ValueError: another process does not see it.
+    """
+    if is_first():
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+    processes.require_agreement({})
+    processes.require_agreement({f"a directory {workdir} is there": Path(workdir).is_dir()})
 
 
 def open_usable_corpus(config: RunConfig) -> Corpus:
@@ -212,12 +261,15 @@ def _make_heldout_evaluation(config: RunConfig, mesh, corpus: Corpus):
         config.model, mesh, chunk_tokens=config.train.loss_chunk_tokens, segment_masks=config.data.segment_masks
     )
 
+    def score_placed(params: dict, tokens_BT: np.ndarray) -> jax.Array:
+        return score_tokens(params, place_rows(mesh, tokens_BT))
+
     def evaluate(params: dict) -> dict[str, Score]:
         windows = heldout_windows(
             corpus, sequence_length=config.data.sequence_length, batch_size=heldout_batch_size(config, mesh),
             max_sequences=config.train.eval_sequences,
         )  # fmt: skip
-        scores = score_sources(score_tokens, params, windows, num_sources=len(corpus.sources))
+        scores = score_sources(score_placed, params, windows, num_sources=len(corpus.sources))
         return {name: score for name, score in zip(corpus.sources, scores) if score.num_bytes}
 
     return evaluate
@@ -231,7 +283,7 @@ class _Reporter:
         self._config = config
         self._screen = screen
         self._batches = batches
-        self._log = RunLog(workdir, start_step=start_step)
+        self._log = RunLog(workdir, start_step=start_step) if is_first() else NoLog()
         self._throughput = Throughput(config, num_devices=num_devices)
         self._pending = None
 
@@ -284,25 +336,3 @@ class _Reporter:
                 f"(loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}); lower train.learning_rate "
                 "in a new workdir, or raise train.spike_factor or train.max_bad_steps"
             )
-
-
-class _StopSignals:
-    """Notes SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self):
-        self.received = None
-
-    def __enter__(self) -> "_StopSignals":
-        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)

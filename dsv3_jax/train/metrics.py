@@ -56,6 +56,16 @@ class RunLog:
         self._tensorboard.close()
 
 
+class NoLog:
+    """Writes nothing: the log of a process that is not the first."""
+
+    def write(self, record: dict) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class _TensorBoard:
     """Writes the numbers of records as TensorBoard events, in the calling thread.
 
@@ -217,6 +227,19 @@ class Screen:
             self._console.print(Text(line))
         else:
             print(line, flush=True)
+
+
+class SilentScreen(Screen):
+    """Shows nothing: the screen of a process that is not the first."""
+
+    def __init__(self):
+        self._live = None
+
+    def show(self, line: str) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
 
 
 def _keep_lines_until(path: Path, step: int) -> None:
