@@ -7,7 +7,8 @@
 
 The kernel suites need a Hopper GPU. On CPU the whole-step suites run a 108M network; on a GPU three layers at
 DeepSeek-V3's width, which needs 110 GB. accumulation runs everywhere, and measures its kernels on a GPU. "all" is every
-suite but decode and loader, about 6 minutes on an H200. The peers need the `parity` extra.
+suite but exchange, decode and loader, about 6 minutes on an H200. exchange needs several devices of one host. The peers
+need the `parity` extra.
 """
 
 import os
@@ -19,9 +20,9 @@ from dsv3_jax import config_flags
 PEERS = {
     "fp8_matmul": "torch", "fp8_decode": "torch", "fp8_weight_gradient": "torch", "fp8_grouped": "torch",
     "block_quantize": "torch", "grouped_matmul": "torch", "attention": "torch", "accumulation": "torch",
-    "train_step": "transformers", "decode": "transformers", "loader": "none",
+    "exchange": "torch", "train_step": "transformers", "decode": "transformers", "loader": "none",
 }  # fmt: skip
-ALL = [suite for suite in PEERS if suite not in ("decode", "loader")]
+ALL = [suite for suite in PEERS if suite not in ("exchange", "decode", "loader")]
 SUITES = flags.DEFINE_multi_enum("suite", None, [*PEERS, "all"], "what is measured; may be repeated", required=True)
 PEER = flags.DEFINE_enum("peer", "none", ["torch", "transformers", "all", "none"], "what is measured beside it")
 WORKLOAD = flags.DEFINE_enum("workload", None, ["small", "slice"], "network of a whole step; not given: by device")
@@ -74,6 +75,10 @@ def measure(suite: str, *, with_peer: bool) -> list[dict]:
         if with_peer and platform != "gpu":
             raise ValueError("--suite=accumulation: torch's FP8 product needs a GPU; use --peer=none")
         return accumulation.error_rows(with_torch=with_peer)
+    if suite == "exchange":
+        from dsv3_jax.benchmarks import expert_exchange
+
+        return expert_exchange.exchange_rows(with_torch=with_peer)
     workload = WORKLOAD.value or ("slice" if platform == "gpu" else "small")
     if suite == "loader":
         return loader.loader_rows(workload, corpus_directory=CORPUS.value)
