@@ -36,7 +36,7 @@ def plan_rows(experts_TK: jax.Array, *, num_experts: int, alignment: int, max_ch
       experts_TK: int32; `num_experts` marks a choice whose expert is not here.
       num_experts: how many are here.
       alignment: the multiple of rows at which every expert's begin.
-      max_choices: at least as many as there are pairs whose expert is here; the number of rows follows from it.
+      max_choices: at least 1 and as many as there are pairs whose expert is here; the number of rows follows from it.
     """
     num_tokens, top_K = experts_TK.shape
     num_choices = num_tokens * top_K
@@ -55,7 +55,7 @@ def plan_rows(experts_TK: jax.Array, *, num_experts: int, alignment: int, max_ch
 
 def gather_rows(x_TD: jax.Array, rows: ExpertRows) -> jax.Array:
     """Copies every token to its rows: [M, D], zeros where a row holds none."""
-    return x_TD.at[rows.token_of_row_M].get(mode="fill", fill_value=0)
+    return jnp.take(x_TD, rows.token_of_row_M, axis=0, mode="fill", fill_value=0)
 
 
 def gather_weights(weights_TK: jax.Array, rows: ExpertRows) -> jax.Array:

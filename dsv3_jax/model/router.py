@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.sharding.collectives import SEQUENCE_AXIS, size, sum_over
 
 
 class Routing(typing.NamedTuple):
@@ -55,12 +56,16 @@ def tokens_per_expert(experts_TK: jax.Array, num_experts: int) -> jax.Array:
 def balance_loss(config: ModelConfig, scores_BTE: jax.Array) -> jax.Array:
     """Returns the sequence-wise balance loss without its factor alpha, averaged over sequences (eqs. 17-20).
 
-    f_i counts the tokens whose K highest affinities, without bias or group limit, include expert i.
+    f_i counts the tokens whose K highest affinities, without bias or group limit, include expert i. On a mesh the
+    devices of the tensor axis share sequences, T tokens of each on every device: together they return the loss of the
+    whole sequences, an equal part each.
     """
     _, length, num_experts = scores_BTE.shape
-    top_K = config.num_experts_per_tok
+    top_K, num_pieces = config.num_experts_per_tok, size(SEQUENCE_AXIS)
     chosen_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), top_K)[1]
     count_chosen = jax.vmap(lambda chosen_TK: tokens_per_expert(chosen_TK, num_experts))
-    f_BE = count_chosen(chosen_BTK) * (num_experts / (top_K * length))
-    P_BE = jnp.mean(scores_BTE / scores_BTE.sum(axis=-1, keepdims=True), axis=1)
-    return jnp.mean(jnp.sum(f_BE * P_BE, axis=-1))
+    count_BE = sum_over(count_chosen(chosen_BTK), SEQUENCE_AXIS)
+    probability_BE = sum_over(jnp.sum(scores_BTE / scores_BTE.sum(axis=-1, keepdims=True), axis=1), SEQUENCE_AXIS)
+    f_BE = count_BE * (num_experts / (top_K * length * num_pieces))
+    P_BE = probability_BE / (length * num_pieces)
+    return jnp.mean(jnp.sum(f_BE * P_BE, axis=-1)) / num_pieces

@@ -1,72 +1,24 @@
 """The FP8 linear, feed-forward and attention with projection, against float64 arithmetic on the numbers they see."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from float64_tiles import (
+    E4M3_ERROR,
+    SUMS,
+    assert_near,
+    differentiate,
+    e4m3_tiles,
+    random,
+    round_tiles,
+    swiglu_in_float64,
+    weight,
+)
 
 from dsv3_jax.fp8 import feed_forward as ff
 from dsv3_jax.fp8.attention import attention_and_projection
 from dsv3_jax.fp8.linear import linears
-from dsv3_jax.fp8.weight import quantize_weight
-from dsv3_jax.testing.networks import QUICK_COMPILE
-
-# A float32 sum of a few hundred products, each operand's code exact in it.
-SUMS = 2e-6
-# E4M3 keeps 4 bits: a rounded operand is off by up to 1/16 and, evenly spread, by 2.6% root mean square. Three
-# quantized operands on a path are off by 1.8 times that, and what is rounded again by a little more.
-E4M3_ERROR = 0.026
-
-
-def weight(shape, seed, *, contracted_dims=1, batch_dims=0, input_cache="e4m3", spread=1.0):
-    values = np.random.default_rng(seed).normal(0, spread, shape)
-    return quantize_weight(
-        jnp.asarray(values, jnp.float32), contracted_dims=contracted_dims, batch_dims=batch_dims,
-        input_cache=input_cache, with_gradient=True,
-    )  # fmt: skip
-
-
-def random(shape, seed):
-    return jnp.asarray(np.random.default_rng(seed).normal(0, 1, shape), jnp.float32)
-
-
-def round_tiles(x_RK, dim, *, mantissa_bits, largest, smallest):
-    """Rounds to a format with power-of-two scales per 128 along a dimension, in float64 by the format's definition."""
-    x = np.moveaxis(np.asarray(x_RK, np.float64), dim, -1).copy()
-    for start in range(0, x.shape[-1], 128):
-        tile = x[..., start : start + 128]
-        amax = np.abs(tile).max(axis=-1, keepdims=True)
-        scale = 2.0 ** np.ceil(np.log2(np.maximum(amax, 2.0**-100) / largest))
-        magnitude = np.abs(tile / scale)
-        exponent = np.floor(np.log2(np.maximum(magnitude, smallest)))
-        spacing = np.maximum(2.0 ** (exponent - mantissa_bits), smallest)
-        x[..., start : start + 128] = np.sign(tile) * np.round(magnitude / spacing) * spacing * scale
-    return np.moveaxis(x, -1, dim)
-
-
-def e4m3_tiles(x_RK, dim):
-    return round_tiles(x_RK, dim, mantissa_bits=3, largest=448.0, smallest=2.0**-9)
-
-
-def assert_near(actual, expected, relative, name):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape, name
-    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-    assert error <= relative, f"{name}: off by {error:.2e} of its norm, {relative:.2e} allowed"
-
-
-def differentiate(function, *operands):
-    """Returns the output, a random output gradient and the gradients of all operands."""
-
-    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
-    def run(*operands):
-        y, vjp = jax.vjp(function, *operands)
-        dy = jax.tree.map(lambda leaf: random(leaf.shape, 99).astype(leaf.dtype), y)
-        return y, dy, vjp(dy)
-
-    return run(*operands)
 
 
 @pytest.mark.parametrize("shape", [(48, 256, 192), (40, 80, 16)], ids=["whole tiles", "partial tiles, odd rows"])
@@ -109,11 +61,6 @@ def test_linears_of_a_norm_equal_float64_autodiff_within_the_format(input_cache)
         assert_near(mine, wanted, 2.5 * E4M3_ERROR, name)
 
 
-def swiglu_in_float64(x, gate_up, down):
-    gate, up = jnp.split(x @ gate_up, 2, axis=-1)
-    return (gate * jax.nn.sigmoid(gate) * up) @ down
-
-
 @pytest.mark.parametrize("caches", [("e4m3", "e4m3"), ("bf16", "bf16")])
 def test_feed_forward_equals_float64_autodiff_within_the_format(caches):
     """A dense feed-forward, at 18 rows that are padded to 32."""
@@ -131,50 +78,6 @@ def test_feed_forward_equals_float64_autodiff_within_the_format(caches):
     actual = (dx, dweights.gate_up.master.reshape(128, 128), dweights.down.master)
     for name, mine, wanted in zip(("dx", "dgate_up", "ddown"), actual, gradients, strict=True):
         assert_near(mine, wanted, 4 * E4M3_ERROR, name)
-
-
-def test_experts_equal_a_float64_loop_over_experts_within_the_format():
-    """Routed rows (an expert without tokens, one with most) and the shared expert, and all their gradients."""
-    num_tokens, width, hidden = 20, 128, 64
-    x_TD = random((num_tokens, width), 0)
-    experts_TK = np.stack([np.zeros(num_tokens, np.int32), np.arange(num_tokens, dtype=np.int32) % 2 + 2], axis=1)
-    sizes_E = np.bincount(experts_TK.reshape(-1), minlength=4)
-    starts_E = np.cumsum(-(-sizes_E // 128) * 128) - -(-sizes_E // 128) * 128
-    token_of_row_M, row_of_choice_TK = np.full(512, num_tokens, np.int32), np.zeros((num_tokens, 2), np.int32)
-    filled_E = starts_E.copy()
-    for token, choices in enumerate(experts_TK):
-        for k, expert in enumerate(choices):
-            token_of_row_M[filled_E[expert]], row_of_choice_TK[token, k] = token, filled_E[expert]
-            filled_E[expert] += 1
-    rows = ff.Rows(*map(jnp.asarray, (token_of_row_M, row_of_choice_TK, sizes_E.astype(np.int32))))
-    routed = ff.FeedForwardWeights(
-        weight((4, width, 2, hidden), 1, batch_dims=1, spread=0.1), weight((4, hidden, width), 2, batch_dims=1)
-    )
-    shared = ff.FeedForwardWeights(weight((width, 2, hidden), 3, spread=0.1), weight((hidden, width), 4))
-
-    def quantized(x_TD, routed, shared):
-        y_MD, shared_TD = ff.expert_feed_forwards(x_TD, rows, routed, shared)
-        return y_MD[row_of_choice_TK], shared_TD
-
-    (y_TKD, shared_TD), (dy_TKD, dshared_TD), (dx, drouted, dshared) = differentiate(quantized, x_TD, routed, shared)
-    with jax.enable_x64(True):
-
-        def plain(x, gate_up, down, shared_gate_up, shared_down):
-            y_ETD = jnp.stack([swiglu_in_float64(x, *weights) for weights in zip(gate_up, down, strict=True)])
-            y_TKD = y_ETD[experts_TK, np.arange(num_tokens)[:, None]]
-            return y_TKD, swiglu_in_float64(x, shared_gate_up, shared_down)
-
-        masters = [np.asarray(w.master, np.float64) for w in (*routed, *shared)]
-        masters[0], masters[2] = masters[0].reshape(4, width, -1), masters[2].reshape(width, -1)
-        operands = map(jnp.asarray, (np.asarray(x_TD, np.float64), *masters))
-        expected, vjp = jax.vjp(plain, *operands)
-        gradients = vjp(tuple(jnp.asarray(np.asarray(dy, np.float64)) for dy in (dy_TKD, dshared_TD)))
-    assert_near(y_TKD, expected[0], 3 * E4M3_ERROR, "routed")
-    assert_near(shared_TD, expected[1], 3 * E4M3_ERROR, "shared")
-    actual = [dx] + [w.master for w in (*drouted, *dshared)]
-    for name, mine, wanted in zip(("dx", "dgate_up", "ddown", "dgate_up", "ddown"), actual, gradients, strict=True):
-        assert_near(np.reshape(mine, wanted.shape), wanted, 4 * E4M3_ERROR, name)
-    np.testing.assert_array_equal(drouted.down.master[1], 0)
 
 
 @pytest.mark.parametrize("input_cache", ["e5m6", "e4m3", "bf16"])

@@ -10,8 +10,10 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.kernels import grouped_matmul as kernel
-from dsv3_jax.model.moe import MoE, gather_rows, plan_rows
-from dsv3_jax.testing import reference, shapes
+from dsv3_jax.model.experts import ExpertWeights
+from dsv3_jax.model.moe import EXPERTS, MoE
+from dsv3_jax.sharding.expert_exchange import serve
+from dsv3_jax.testing import reference
 from dsv3_jax.testing.networks import QUICK_COMPILE, small_config, telling_params
 from dsv3_jax.testing.tolerances import FLOAT32_VALUES, assert_close
 
@@ -38,33 +40,6 @@ def test_no_token_is_dropped_when_all_choose_the_same_experts():
     np.testing.assert_array_equal(statistics.tokens_per_expert_E, [0, 66, 0, 0, 66, 66, 0, 0])
 
 
-@pytest.mark.parametrize("num_rows", shapes.ROWS)
-@pytest.mark.parametrize("skew", ["even", "one expert", "last expert"])
-def test_every_choice_has_its_own_row_in_its_experts_group(num_rows, skew):
-    num_experts, top_K, alignment = 5, 2, 8
-    rng = np.random.default_rng(num_rows)
-    first = {"even": rng.integers(0, num_experts, num_rows), "one expert": np.zeros(num_rows, int),
-             "last expert": np.full(num_rows, num_experts - 1)}[skew]  # fmt: skip
-    experts_TK = np.stack([first, (first + 1 + rng.integers(0, num_experts - 1, num_rows)) % num_experts], axis=1)
-    plan = plan_rows(jnp.asarray(experts_TK, jnp.int32), num_experts, alignment)
-    rows_TK, token_of_row = np.asarray(plan.row_of_choice_TK), np.asarray(plan.token_of_row_M)
-    assert len(np.unique(rows_TK)) == num_rows * top_K
-    assert len(token_of_row) == kernel.padded_rows(num_rows * top_K, num_experts, alignment)
-    counts = reference.tokens_per_expert(experts_TK, num_experts)
-    np.testing.assert_array_equal(plan.rows_per_expert_E, counts)
-    start_E = np.concatenate([[0], np.cumsum(-(-counts // alignment) * alignment)])
-    for token in range(num_rows):
-        for expert, row in zip(experts_TK[token], rows_TK[token], strict=True):
-            assert token_of_row[row] == token
-            assert start_E[expert] <= row < start_E[expert] + counts[expert]
-    is_empty = token_of_row == num_rows
-    assert is_empty.sum() == len(token_of_row) - num_rows * top_K
-    x_TD = np.random.default_rng(0).normal(size=(num_rows, 3)).astype(np.float32)
-    x_MD = np.asarray(gather_rows(jnp.asarray(x_TD), plan))
-    np.testing.assert_array_equal(x_MD[is_empty], 0)  # the kernels count on it
-    np.testing.assert_array_equal(x_MD[~is_empty], x_TD[token_of_row[~is_empty]])
-
-
 @pytest.mark.parametrize("skew", ["even", "one expert"])
 def test_rows_multiplied_follow_the_tokens_not_the_experts(skew):
     """From 8 to 512 experts, the live blocks hold at most twice as many rows as there are (token, choice) pairs."""
@@ -82,13 +57,13 @@ def test_no_product_runs_over_the_experts():
     config = small_config(n_routed_experts=num_experts, n_group=1, topk_group=1, n_shared_experts=0)
     weights = _moe_weights(config, 0)
 
-    def loss(experts, x_BTD):
-        module = nnx.merge(nnx.split(MoE(config).experts)[0], nnx.State(experts))
-        choices_BTK = jnp.zeros((*x_BTD.shape[:2], 3), jnp.int32) + jnp.arange(3)
-        return module(x_BTD, choices_BTK, jnp.ones(choices_BTK.shape)).sum()
+    def loss(experts, x_TD):
+        choices_TK = jnp.zeros((len(x_TD), 3), jnp.int32) + jnp.arange(3)
+        params = ExpertWeights(experts["gate_up_proj"], experts["down_proj"])
+        return serve(EXPERTS, x_TD, x_TD, choices_TK, jnp.ones(choices_TK.shape), params, capacity=None).sum()
 
-    x_BTD = jnp.ones((2, 9, config.hidden_size))
-    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(weights["experts"], x_BTD)
+    x_TD = jnp.ones((2 * 9, config.hidden_size))
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(weights["experts"], x_TD)
     alignment = kernel.row_alignment(2 * 9 * 3, num_experts)
     products = list(_products(jaxpr.jaxpr))
     assert products
