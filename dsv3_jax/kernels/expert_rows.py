@@ -36,7 +36,7 @@ def plan_rows(experts_TK: jax.Array, *, num_experts: int, alignment: int, max_ch
       experts_TK: int32; `num_experts` marks a choice whose expert is not here.
       num_experts: how many are here.
       alignment: the multiple of rows at which every expert's begin.
-      max_choices: at least 1 and as many as there are pairs whose expert is here; the number of rows follows from it.
+      max_choices: not less than the pairs whose expert is here, nor than 1 if there is a token; determines the rows.
     """
     num_tokens, top_K = experts_TK.shape
     num_choices = num_tokens * top_K

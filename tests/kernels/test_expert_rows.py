@@ -40,7 +40,7 @@ def test_every_choice_has_its_own_row_in_its_experts_group(num_tokens, skew):
     """So do tokens, weights and sums that are copied along; rows without a token are zero, choices elsewhere too."""
     experts_TK = draw_experts(num_tokens, skew)
     is_here_TK = experts_TK < NUM_EXPERTS
-    max_choices = max(1, int(is_here_TK.sum()) + num_tokens % 3)  # exact for some sizes
+    max_choices = max(min(1, num_tokens), int(is_here_TK.sum()) + num_tokens % 3)  # exact for some sizes
     rows = plan_rows(jnp.asarray(experts_TK), num_experts=NUM_EXPERTS, alignment=ALIGNMENT, max_choices=max_choices)
     row_of_choice_TK, token_of_row_M = np.asarray(rows.row_of_choice_TK), np.asarray(rows.token_of_row_M)
     num_rows = len(token_of_row_M)
