@@ -18,7 +18,8 @@ from jax._src import clusters  # JAX offers its detection of clusters through ja
 from dsv3_jax.config import require
 from dsv3_jax.sharding.roll_call import Member, Roll
 
-CLUSTERS = {"slurm": "SLURM_STEP_NUM_TASKS", "ompi": "OMPI_COMM_WORLD_SIZE"}  # JAX's name, number of processes
+CLUSTERS = {"SLURM_STEP_NUM_TASKS": clusters.SlurmCluster, "OMPI_COMM_WORLD_SIZE": clusters.OmpiCluster}
+MISSING_PLACE = "give --coordinator_address, --num_processes and --process_id to every process"
 LAST_SECONDS = 5.0  # a failed process ends after these, even when a thread of it waits for the others
 
 
@@ -50,22 +51,37 @@ def find_place(coordinator_address: str | None = None, num_processes: int | None
     cluster = _cluster()
     if cluster is None and all(value is None for value in given.values()):
         return None
-    if cluster is not None and None in given.values():
-        values = clusters.ClusterEnv.auto_detect_unset_distributed_params(*given.values(), [0], cluster, None)
-        given = dict(zip(given, values))
-    for name, value in given.items():
-        require(value is not None, f"--{name}", value, "give --coordinator_address, --num_processes and --process_id "
-                "to every process, or start them by srun or mpirun")  # fmt: skip
+    told = {} if cluster is None or None not in given.values() else _ask(cluster)
+    for name in given:
+        given[name] = told.get(name) if given[name] is None else given[name]
+        require(given[name] is not None, f"--{name}", None, f"{MISSING_PLACE}, or start them by srun or mpirun")
     place = Place(**given)
     return place if place.num_processes > 1 else None
 
 
-def _cluster() -> str | None:
-    """Returns JAX's name of the cluster that started this process as one of several."""
-    for name, variable in CLUSTERS.items():
+def _cluster() -> type[clusters.ClusterEnv] | None:
+    """Returns JAX's detection of what started this process as one of several."""
+    for variable, cluster in CLUSTERS.items():
         if int(os.environ.get(variable, "1")) > 1:
-            return name
+            return cluster
     return None
+
+
+def _ask(cluster: type[clusters.ClusterEnv]) -> dict[str, Any]:
+    """Returns what a cluster tells of this process's place, nothing when JAX does not understand it."""
+    if not cluster.is_env_present():
+        return {}
+    try:
+        address = cluster.get_coordinator_address(
+            timeout_secs=None, override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT")
+        )
+        return {
+            "coordinator_address": address,
+            "num_processes": cluster.get_process_count(),
+            "process_id": cluster.get_process_id(),
+        }
+    except RuntimeError as error:  # Open MPI 5 without mpi4py
+        raise ValueError(f"{error} Or {MISSING_PLACE}") from error
 
 
 class Processes:

@@ -133,7 +133,7 @@ class Member:
 
     def __init__(self, coordinator_address: str, num_processes: int, process_id: int, *, timeout_s: float):
         self._messages: queue.Queue[dict] = queue.Queue()
-        self._is_waiting = False
+        self._is_waiting = True  # for the start
         self._is_stopped = False
         self._lock = threading.Lock()
         self._socket = _connect(coordinator_address, process_id, timeout_s=timeout_s)
