@@ -7,8 +7,8 @@
 
 The kernel suites need a Hopper GPU. On CPU the whole-step suites run a 108M network; on a GPU three layers at
 DeepSeek-V3's width, which needs 110 GB. accumulation runs everywhere, and measures its kernels on a GPU. "all" is every
-suite but exchange, decode and loader, about 6 minutes on an H200. exchange needs several devices of one host. The peers
-need the `parity` extra.
+suite but decode, loader, exchange and expert_parallel, about 6 minutes on an H200; the last two need several devices of
+one host. The peers need the `parity` extra.
 """
 
 import os
@@ -20,9 +20,10 @@ from dsv3_jax import config_flags
 PEERS = {
     "fp8_matmul": "torch", "fp8_decode": "torch", "fp8_weight_gradient": "torch", "fp8_grouped": "torch",
     "block_quantize": "torch", "grouped_matmul": "torch", "attention": "torch", "accumulation": "torch",
-    "exchange": "torch", "train_step": "transformers", "decode": "transformers", "loader": "none",
+    "exchange": "torch", "expert_parallel": "none", "train_step": "transformers", "decode": "transformers",
+    "loader": "none",
 }  # fmt: skip
-ALL = [suite for suite in PEERS if suite not in ("exchange", "decode", "loader")]
+ALL = [suite for suite in PEERS if suite not in ("exchange", "expert_parallel", "decode", "loader")]
 SUITES = flags.DEFINE_multi_enum("suite", None, [*PEERS, "all"], "what is measured; may be repeated", required=True)
 PEER = flags.DEFINE_enum("peer", "none", ["torch", "transformers", "all", "none"], "what is measured beside it")
 WORKLOAD = flags.DEFINE_enum("workload", None, ["small", "slice"], "network of a whole step; not given: by device")
@@ -83,6 +84,10 @@ def measure(suite: str, *, with_peer: bool) -> list[dict]:
     if suite == "loader":
         return loader.loader_rows(workload, corpus_directory=CORPUS.value)
     peer = PEERS[suite] if with_peer else None
+    if suite == "expert_parallel":
+        from dsv3_jax.benchmarks import expert_parallel
+
+        return expert_parallel.expert_parallel_rows(workload, precisions=PRECISIONS.value)
     if suite == "decode":
         return whole_steps.decode_rows(workload, peer=peer)
     return whole_steps.train_step_rows(workload, peer=peer, precisions=PRECISIONS.value)

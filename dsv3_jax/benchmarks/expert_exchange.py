@@ -109,7 +109,7 @@ def exchange_rows(*, with_torch: bool) -> list[Row]:
       ValueError: there is one device only.
     """
     num_devices = jax.device_count()
-    require(num_devices > 1, "suite", "exchange", "needs two devices of one host or more, and JAX found one")
+    require(num_devices > 1, "suite", "exchange", "needs several devices of one host, and JAX found one")
     cases = [Exchange(4096, 1, num_devices), Exchange(8192, 1, num_devices)]
     cases += [Exchange(8192, 1, num_devices, routing=ONE_DEVICE)]
     if num_devices % 2 == 0:

@@ -1,23 +1,28 @@
 """Run by test_exchange_bench.py in a process of its own, which sees two CPU devices; prints the rows as JSON."""
 
+import dataclasses
 import functools
 import json
 
 import jax
 import numpy as np
 
-from dsv3_jax.benchmarks import expert_exchange, mesh_programs, timing
+from dsv3_jax.benchmarks import expert_exchange, expert_parallel, mesh_programs, timing
 from dsv3_jax.benchmarks.expert_exchange import ONE_DEVICE, Exchange
 from dsv3_jax.benchmarks.mesh_programs import MeshProgram, draw
+from dsv3_jax.benchmarks.networks import SMALL
+from dsv3_jax.config import override
+from dsv3_jax.testing.networks import small_config
 
-SMALL = {"hidden_size": 128, "experts_per_device": 4, "top_k": 4, "n_group": 4, "topk_group": 2}
-CASES = [Exchange(32, 1, 2, **SMALL), Exchange(32, 2, 1, routing=ONE_DEVICE, **SMALL)]
+SIZES = {"hidden_size": 128, "experts_per_device": 4, "top_k": 4, "n_group": 4, "topk_group": 2}
+CASES = [Exchange(32, 1, 2, **SIZES), Exchange(32, 2, 1, routing=ONE_DEVICE, **SIZES)]
 
 
 def main() -> None:
     check_programs()
     for case in CASES:
         check_bytes(case)
+    check_steps()
     expert_exchange.steady_medians = functools.partial(timing.steady_medians, heat_s=1e-4, measure_s=1e-4, repeats=1)
     expert_exchange.OPTIONS = {"": {}}  # the others are not for CPUs
     mesh_programs.START_S = 1e-9
@@ -36,6 +41,14 @@ def check_programs() -> None:
         received = np.asarray(contender.start()).reshape(2, 2, 64)
         np.testing.assert_array_equal(received, sent.swapaxes(0, 1), err_msg=name)
         assert contender.operations == 3
+
+
+def check_steps() -> None:
+    """Steps of a small network are timed with its experts on both devices."""
+    model = override(small_config(num_hidden_layers=2), {"num_nextn_predict_layers": 0})
+    workload = dataclasses.replace(SMALL, model=model, batch_size=1, sequence_length=8)
+    result = expert_parallel.time_steps(workload, "fp32", num_devices=2)
+    assert result.keys() == {"step_s", "loss", "peak_gb"} and result["step_s"] > 0 and result["loss"] > 0, result
 
 
 def check_bytes(case: Exchange) -> None:

@@ -45,7 +45,7 @@ def test_rates_and_ratios_are_those_of_the_times(rows):
 
 def test_one_device_has_nothing_to_exchange(monkeypatch):
     monkeypatch.setattr(expert_exchange.jax, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="needs two devices"):
+    with pytest.raises(ValueError, match="needs several devices"):
         expert_exchange.exchange_rows(with_torch=False)
 
 

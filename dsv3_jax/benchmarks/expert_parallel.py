@@ -1,0 +1,155 @@
+"""Training steps with experts spread over the GPUs of one host beside one GPU, and what a trace says of the exchange.
+
+Every device trains as many tokens as one alone. `python -m dsv3_jax.benchmarks.expert_parallel WORKLOAD PRECISION
+NUM_DEVICES` measures in a process of its own; the last line on stdout is the result as JSON.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from dsv3_jax.benchmarks import traces
+from dsv3_jax.benchmarks.networks import WORKLOADS, Workload
+from dsv3_jax.benchmarks.report import Row
+from dsv3_jax.config import override, require
+from dsv3_jax.sharding.mesh import make_mesh
+from dsv3_jax.train import schedule
+from dsv3_jax.train.flops import train_flops_per_token
+from dsv3_jax.train.state import init_state
+from dsv3_jax.train.step import make_train_step, split_batch
+
+WARMUP_STEPS, STEPS, TRACED_STEPS = 2, 5, 2
+LATENCY_HIDING = "--xla_gpu_enable_latency_hiding_scheduler=true"
+SHOWN_KERNELS = 12  # of those beside the exchange
+
+
+def expert_parallel_rows(workload_name: str, *, precisions: Sequence[str] | None) -> list[Row]:
+    """Measures the workload on one device and with its experts spread over all, without and with latency hiding.
+
+    "ms exchange" is the time a device's kernels send tokens or wait for them, "hidden" the share of it during which the
+    device computed. Rows of the second kind name the kernels that ran beside the exchange.
+
+    Args:
+      workload_name: of `networks.WORKLOADS`.
+      precisions: None for the workload's own.
+
+    Raises:
+      ValueError: there is one device only.
+    """
+    num_devices = jax.device_count()
+    require(num_devices > 1, "suite", "expert_parallel", "needs several devices of one host, and JAX found one")
+    workload = WORKLOADS[workload_name]
+    rows = []
+    for precision in workload.precisions if precisions is None else precisions:
+        spread = f"gpu={num_devices}"
+        results = {
+            "1 device": _measure(workload_name, precision, 1, flags=""),
+            spread: _measure(workload_name, precision, num_devices, flags=""),
+            f"{spread}, latency hiding": _measure(workload_name, precision, num_devices, flags=LATENCY_HIDING),
+        }
+        rows += step_rows(workload, f"{workload_name} {precision}", results)
+    return rows
+
+
+def step_rows(workload: Workload, case: str, results: dict[str, dict]) -> list[Row]:
+    """Returns a row per measured process, the first being one device, and one per kernel beside its exchange."""
+    flops = workload.tokens * train_flops_per_token(workload.model, sequence_length=workload.sequence_length)
+    alone_s = next(iter(results.values()))["step_s"]
+    rows, kernels = [], []
+    for name, result in results.items():
+        row = {"case": case, "implementation": name, "ms a step": result["step_s"] * 1e3,
+               "tokens/s a device": workload.tokens / result["step_s"],
+               "TFLOP/s a device": flops / result["step_s"] / 1e12, "speed of 1 device": alone_s / result["step_s"],
+               "peak GB": result["peak_gb"], "loss": result["loss"]}  # fmt: skip
+        if "exchange" in result:
+            exchange, all_collectives = (traces.Overlap(*result[name]) for name in ("exchange", "collectives"))
+            row |= {"ms exchange": exchange.exchange_s * 1e3, "hidden": exchange.hidden_share,
+                    "ms collectives": all_collectives.exchange_s * 1e3, "ms compute": all_collectives.compute_s * 1e3,
+                    "ms idle": all_collectives.idle_s * 1e3}  # fmt: skip
+            kernels += [{"case": f"{case}, {name}: beside the exchange", "implementation": kernel[:80],
+                         "ms a step": seconds * 1e3} for kernel, seconds in result["beside"]]  # fmt: skip
+        rows.append(row)
+    return rows + kernels
+
+
+def _measure(workload_name: str, precision: str, num_devices: int, *, flags: str) -> dict:
+    """Runs this module with these flags of XLA and reads the JSON it prints last.
+
+    Raises:
+      ValueError: it failed; the message ends with what it said.
+    """
+    command = [sys.executable, "-m", "dsv3_jax.benchmarks.expert_parallel", workload_name, precision, str(num_devices)]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "PYTHONUNBUFFERED": "1"}
+    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
+    environment.pop("XLA_PYTHON_CLIENT_PREALLOCATE", None)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def time_steps(workload: Workload, precision: str, *, num_devices: int) -> dict:
+    """Times optimizer steps on random tokens, data on the devices waited for; traces two more where they are GPUs.
+
+    Returns:
+      step_s, loss, peak_gb; of a trace, per step and device: exchange and collectives, as `traces.Overlap`, and beside,
+      [kernel, seconds].
+    """
+    workload = dataclasses.replace(workload, batch_size=workload.batch_size * num_devices)
+    config = override(workload.run_config, {"model.precision": precision, "mesh.gpu": num_devices})
+    mesh = make_mesh(config.mesh, devices=jax.devices()[:num_devices])
+    settings = schedule.at(config.train, step=0, tokens=0)
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(mesh):
+        train_step, state = make_train_step(config, mesh), init_state(config, mesh)
+
+        def step() -> tuple[float, float]:
+            nonlocal state
+            shape = (workload.batch_size, workload.sequence_length + 1)
+            tokens_ABT = split_batch(config, rng.integers(0, config.model.vocab_size, shape).astype(np.int32))
+            start = time.perf_counter()
+            state, metrics = train_step(state, tokens_ABT, settings)
+            jax.block_until_ready((state, metrics))
+            return time.perf_counter() - start, float(metrics["loss"])
+
+        timed = [step() for _ in range(WARMUP_STEPS + STEPS)][WARMUP_STEPS:]
+        result = {"step_s": statistics.median(seconds for seconds, _ in timed), "loss": timed[-1][1]}
+        device = mesh.devices.flat[0]
+        if device.platform != "gpu":
+            return result | {"peak_gb": None}
+        result["peak_gb"] = device.memory_stats()["peak_bytes_in_use"] / 1e9
+        return result | trace_steps(step)
+
+
+def trace_steps(step: Callable[[], object]) -> dict:
+    """Traces some steps; see `time_steps`."""
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory, create_perfetto_trace=True):
+            for _ in range(TRACED_STEPS):
+                step()
+        kernels = traces.read_kernels(directory)
+    return summarize(kernels, num_steps=TRACED_STEPS)
+
+
+def summarize(kernels: list[traces.Kernel], *, num_steps: int) -> dict:
+    """Returns what `time_steps` gives of a trace of that many steps."""
+    result = {}
+    for name, is_exchange in (("exchange", traces.is_expert_exchange), ("collectives", traces.is_collective)):
+        by_device = traces.overlap(kernels, is_exchange)
+        result[name] = [statistics.mean(values) / num_steps for values in zip(*by_device.values())]
+    beside = traces.beside(kernels, traces.is_expert_exchange, top=SHOWN_KERNELS)
+    return result | {"beside": [(name, seconds / num_steps / len(by_device)) for name, seconds in beside]}
+
+
+if __name__ == "__main__":
+    own_workload, own_precision, own_devices = sys.argv[1:]
+    print(json.dumps(time_steps(WORKLOADS[own_workload], own_precision, num_devices=int(own_devices))))

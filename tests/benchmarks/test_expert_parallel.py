@@ -1,0 +1,41 @@
+"""The bench of expert-parallel steps: what it credits, and what it makes of a trace."""
+
+import pytest
+from test_traces import HAND_MADE
+
+from dsv3_jax.benchmarks import expert_parallel, traces
+from dsv3_jax.benchmarks.networks import SMALL
+
+
+def measured(step_s: float, **more) -> dict:
+    return {"step_s": step_s, "loss": 1.0, "peak_gb": 2.0} | more
+
+
+def test_rows_credit_the_tokens_of_one_device_and_show_the_exchange():
+    exchange, collectives = traces.Overlap(0.2, 0.5, 0.05, 0.1), traces.Overlap(0.3, 0.4, 0.05, 0.1)
+    results = {
+        "1 device": measured(1.0),
+        "gpu=2": measured(1.25, exchange=list(exchange), collectives=list(collectives), beside=[("shared", 0.04)]),
+    }
+    alone, spread, beside = expert_parallel.step_rows(SMALL, "small fp32", results)
+    assert alone["tokens/s a device"] == SMALL.tokens and alone["speed of 1 device"] == 1.0
+    assert spread["speed of 1 device"] == pytest.approx(0.8)
+    assert spread["TFLOP/s a device"] == pytest.approx(0.8 * alone["TFLOP/s a device"])
+    assert (spread["ms exchange"], spread["hidden"]) == pytest.approx((200, 0.25))
+    assert (spread["ms collectives"], spread["ms compute"], spread["ms idle"]) == pytest.approx((300, 400, 100))
+    assert "ms exchange" not in alone
+    assert beside["implementation"] == "shared" and beside["ms a step"] == pytest.approx(40)
+
+
+def test_a_trace_is_averaged_over_devices_and_steps():
+    kernels = traces.kernels_of(HAND_MADE)  # device 0 exchanges 18 µs of which 9 hidden; device 1 gathers for 6 µs
+    result = expert_parallel.summarize(kernels, num_steps=2)
+    assert result["exchange"] == pytest.approx([18e-6 / 4, (25 + 6) * 1e-6 / 4, 9e-6 / 4, 6e-6 / 4])
+    assert result["collectives"] == pytest.approx([(18 + 6) * 1e-6 / 4, 25e-6 / 4, 9e-6 / 4, 6e-6 / 4])
+    assert result["beside"] == [("shared", pytest.approx(7e-6 / 4)), ("gemm", pytest.approx(2e-6 / 4))]
+
+
+def test_one_device_has_no_experts_elsewhere(monkeypatch):
+    monkeypatch.setattr(expert_parallel.jax, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="needs several devices"):
+        expert_parallel.expert_parallel_rows("small", precisions=None)
