@@ -1,0 +1,298 @@
+"""Checks of the expert exchange on sixteen CPU devices, run by test_expert_exchange.py: the argument names one."""
+
+import functools
+import math
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax.config import MeshConfig
+from dsv3_jax.sharding import row_packing
+from dsv3_jax.sharding.expert_exchange import ExpertFunctions, plan_capacity, serve
+from dsv3_jax.sharding.mesh import AXES, EXPERT_AXES, make_mesh
+from dsv3_jax.testing.tolerances import assert_close
+
+NUM_EXPERTS, TOP_K, GROUPS, TOPK_GROUP, HIDDEN, WIDTH, TOKENS = 32, 4, 4, 2, 12, 5, 40  # TOKENS: per device
+TOKEN_AXES = ("replica", *EXPERT_AXES)
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+FLOAT32 = 1e-6  # sums in another order
+# Results are rounded by 2**-9 on their device, in the node and at the source. They are up to four times their sum.
+BFLOAT16 = 3 * 4 * 2.0**-9
+
+
+def forward(rows, experts_RK, weights_RK, params, max_choices):
+    """Runs every expert of this device on every row; NaN where more choices are live than announced."""
+    num_local = params["up"].shape[0]
+    is_over = jnp.sum(experts_RK < num_local) > max_choices
+
+    def run(x_RD, weights_RK, params):
+        gate_RE = jnp.sum(jax.nn.one_hot(experts_RK, num_local) * weights_RK[..., None], axis=1)
+        hidden_REF = jnp.square(jnp.einsum("rd,edf->ref", x_RD.astype(jnp.float32), params["up"]))
+        y_RD = jnp.einsum("ref,efd,re->rd", hidden_REF, params["down"], gate_RE)
+        return jnp.where(is_over, jnp.nan, y_RD).astype(x_RD.dtype)
+
+    return jax.vjp(run, rows["x"], weights_RK, params)
+
+
+def backward(kept, gradient, params):
+    del params
+    return kept(gradient["dy"])
+
+
+FUNCTIONS = ExpertFunctions(forward, lambda dy_TD: {"dy": dy_TD}, backward)
+
+
+def run_dense(x_TD, experts_TK, weights_TK, params, cotangent_TD):
+    """Computes y and the gradients of sum(y · cotangent) in float64, every expert on every token, by hand."""
+    x_TD, weights_TK, dy_TD = (np.asarray(array, np.float64) for array in (x_TD, weights_TK, cotangent_TD))
+    up_EDF, down_EFD = (np.asarray(params[name], np.float64) for name in ("up", "down"))
+    chosen_TKE = experts_TK[..., None] == np.arange(len(up_EDF))
+    gate_TE = np.sum(chosen_TKE * weights_TK[..., None], axis=1)
+    inner_TEF = np.einsum("td,edf->tef", x_TD, up_EDF)
+    hidden_TEF = inner_TEF**2
+    y_TED = np.einsum("tef,efd->ted", hidden_TEF, down_EFD)
+    dgate_TE = np.einsum("ted,td->te", y_TED, dy_TD)
+    dinner_TEF = np.einsum("td,efd,te->tef", dy_TD, down_EFD, gate_TE) * 2 * inner_TEF
+    dparams = {
+        "up": np.einsum("td,tef->edf", x_TD, dinner_TEF),
+        "down": np.einsum("tef,td,te->efd", hidden_TEF, dy_TD, gate_TE),
+    }
+    dx_TD = np.einsum("tef,edf->td", dinner_TEF, up_EDF)
+    return np.einsum("ted,te->td", y_TED, gate_TE), (dx_TD, np.einsum("tke,te->tk", chosen_TKE, dgate_TE), dparams)
+
+
+def routings(num_tokens: int, num_devices: int, num_nodes: int) -> dict[str, np.ndarray]:
+    """Returns experts [T, K] of all tokens, distinct within a token, by the name of the routing."""
+    rng = np.random.default_rng(0)
+    per_group, per_device = NUM_EXPERTS // GROUPS, NUM_EXPERTS // num_devices
+
+    def choose(scores_TE):
+        return np.argsort(-scores_TE, axis=1)[:, :TOP_K]
+
+    def prefer(experts, tokens=slice(None)):
+        scores_TE = rng.random((num_tokens, NUM_EXPERTS))
+        scores_TE[tokens, experts] += 2
+        return choose(scores_TE)
+
+    limited_TE = rng.random((num_tokens, NUM_EXPERTS))
+    for scores_E in limited_TE:
+        for group in rng.permutation(GROUPS)[TOPK_GROUP:]:
+            scores_E[group * per_group : (group + 1) * per_group] = -1
+    zipf_TE = np.log(1 / np.arange(1, NUM_EXPERTS + 1)) + rng.gumbel(size=(num_tokens, NUM_EXPERTS)) * 0.5
+    one_token = np.full((num_tokens, TOP_K), NUM_EXPERTS)
+    one_token[num_tokens // 2] = [NUM_EXPERTS - 1, 0, 1, NUM_EXPERTS // 2]
+    return {
+        "uniform": prefer([]),
+        "node limited": choose(limited_TE),
+        "all to expert 3": prefer([3]),
+        "all to the last device": prefer(slice(NUM_EXPERTS - per_device, None)),
+        "all to one node": prefer(slice(0, NUM_EXPERTS // num_nodes)),
+        "the first half of the experts has no tokens": prefer(slice(NUM_EXPERTS // 2, None)),
+        "some devices' tokens to the first": prefer(slice(0, per_device), slice(0, num_tokens // 3)),
+        "zipf": choose(zipf_TE),
+        "one token": one_token,
+        "no token": np.full((num_tokens, TOP_K), NUM_EXPERTS),
+    }
+
+
+def draw_problem(num_tokens: int, dtype=jnp.float32):
+    rng = np.random.default_rng(1)
+    x_TD, cotangent_TD = (jnp.asarray(rng.normal(size=(num_tokens, HIDDEN)), dtype) for _ in range(2))
+    weights_TK = jnp.asarray(rng.random((num_tokens, TOP_K)), jnp.float32)
+    shapes = {"up": (NUM_EXPERTS, HIDDEN, WIDTH), "down": (NUM_EXPERTS, WIDTH, HIDDEN)}
+    params = {name: jnp.asarray(rng.normal(size=shape) / 3, jnp.float32) for name, shape in shapes.items()}
+    return x_TD, weights_TK, params, cotangent_TD
+
+
+class Exchange:
+    """A mesh with the exchange's capacity on it."""
+
+    def __init__(self, axes: dict[str, int], factor: float):
+        self.name = f"{axes} {factor}"
+        self.sizes = dict.fromkeys(AXES, 1) | axes
+        self.num_devices = int(np.prod(list(self.sizes.values())))
+        self.num_tokens = TOKENS * self.num_devices
+        self.mesh = make_mesh(MeshConfig(**self.sizes), devices=jax.devices()[: self.num_devices])
+        self.capacity = plan_capacity(
+            num_tokens=TOKENS, top_k=TOP_K, num_experts=NUM_EXPERTS, n_group=GROUPS, topk_group=TOPK_GROUP,
+            num_nodes=self.sizes["node"], devices_per_node=self.sizes["gpu"] * self.sizes["tensor"], factor=factor,
+        )  # fmt: skip
+
+    def serve(self, x_TD, experts_TK, weights_TK, params):
+        return serve(FUNCTIONS, x_TD, {"x": x_TD}, experts_TK, weights_TK, params, capacity=self.capacity)
+
+    def map(self, function, *, stacked_params: bool = False):
+        """Compiles function(x, experts, weights, params, cotangent) -> (y, gradients of x, weights and params)."""
+
+        def run(*operands):
+            y_TD, (dx_TD, dweights_TK, dparams) = function(*operands)
+            return y_TD, (dx_TD, dweights_TK, jax.tree.map(lambda leaf: jax.lax.psum(leaf, "replica"), dparams))
+
+        tokens, experts = P(TOKEN_AXES), P(None, EXPERT_AXES) if stacked_params else P(EXPERT_AXES)
+        in_specs = (tokens, tokens, tokens, experts, tokens)
+        out_specs = (tokens, (tokens, tokens, experts))
+        mapped = jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.jit(mapped, compiler_options=QUICK_COMPILE)
+
+    def run(self, x_TD, experts_TK, weights_TK, params, cotangent_TD):
+        def loss(x_TD, weights_TK, params):
+            y_TD = self.serve(x_TD, experts_TK, weights_TK, params)
+            return jnp.sum(y_TD.astype(jnp.float32) * cotangent_TD.astype(jnp.float32)), y_TD
+
+        (_, y_TD), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x_TD, weights_TK, params)
+        return y_TD, gradients
+
+
+def assert_all_close(actual, expected, tolerance: float, name: str):
+    (y_TD, gradients), (expected_TD, expected_gradients) = actual, expected
+    assert_close(y_TD, expected_TD, tolerance, f"{name}: y")
+    for what, tree, expected_tree in zip(("dx", "dweights", "dparams"), gradients, expected_gradients, strict=True):
+        compare = functools.partial(assert_close, tolerance=tolerance, name=f"{name}: {what}")
+        jax.tree.map(compare, tree, expected_tree)
+
+
+def check_routings(axes: dict[str, int], factor: float, dtype=jnp.float32):
+    """Every routing gives the outputs and gradients of dense experts, and all run one compiled program."""
+    exchange = Exchange(axes, factor)
+    x_TD, weights_TK, params, cotangent_TD = draw_problem(exchange.num_tokens, dtype)
+    run = exchange.map(exchange.run)
+    expert_devices = exchange.num_devices // exchange.sizes["replica"]
+    for name, experts_TK in routings(len(x_TD), expert_devices, exchange.sizes["node"]).items():
+        operands = (x_TD, experts_TK, weights_TK, params, cotangent_TD)
+        actual = run(x_TD, experts_TK.astype(np.int32), *operands[2:])
+        assert actual[0].dtype == actual[1][0].dtype == dtype
+        tolerance = FLOAT32 if dtype == jnp.float32 else BFLOAT16
+        assert_all_close(actual, run_dense(*operands), tolerance, f"{exchange.name} {name}")
+    assert run._cache_size() == 1, "compiled anew for another routing"
+
+
+def check_each_axis_alone():
+    for axes in ({"gpu": 2}, {"gpu": 4}, {"node": 2}, {"node": 4}, {"tensor": 4}):
+        check_routings(axes, 0.6)
+    check_routings({"gpu": 2}, 1.25)  # rows have room everywhere, choices have not
+    check_routings({"node": 2}, 1.25)
+
+
+def check_axes_together():
+    for axes in ({"node": 2, "gpu": 2, "tensor": 2}, {"node": 4, "gpu": 2}, {"replica": 2, "node": 2, "gpu": 4}):
+        check_routings(axes, 0.6)
+    check_routings({"node": 2, "gpu": 2}, 100.0)  # room for everything: no further rounds
+    check_routings({"node": 2, "gpu": 4}, 0.9)  # all rows to every node, not to every device
+
+
+def check_sixteen_devices():
+    check_routings({"gpu": 16}, 0.6)  # more devices than experts per token
+    check_routings({"node": 4, "gpu": 2, "tensor": 2}, 0.2)
+
+
+def check_bfloat16():
+    check_routings({"node": 2, "gpu": 2}, 0.6, jnp.bfloat16)
+    check_routings({"node": 2, "gpu": 2}, 1.25, jnp.bfloat16)
+
+
+def check_hundred_routings():
+    """Loads that change from call to call, from even to nearly one expert, neither compile anew nor lose anything."""
+    exchange = Exchange({"node": 2, "gpu": 2}, 0.6)
+    x_TD, weights_TK, params, cotangent_TD = draw_problem(exchange.num_tokens)
+    run = exchange.map(exchange.run)
+    rng = np.random.default_rng(2)
+    for number in range(100):
+        favour_E = 0.1 * number * rng.normal(size=NUM_EXPERTS)
+        scores_TE = favour_E + rng.gumbel(size=(len(x_TD), NUM_EXPERTS))
+        experts_TK = np.argsort(-scores_TE, axis=1)[:, :TOP_K].astype(np.int32)
+        operands = (x_TD, experts_TK, weights_TK, params, cotangent_TD)
+        assert_all_close(run(*operands), run_dense(*operands), FLOAT32, f"routing {number}")
+    assert run._cache_size() == 1
+
+
+def check_rematerialised_layers():
+    """Three layers in a scan, saved by name or computed again, have the gradients of three layers written out."""
+    exchange = Exchange({"node": 2, "gpu": 2}, 0.6)
+    x_TD, weights_TK, params, cotangent_TD = draw_problem(exchange.num_tokens)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1], -0.5 * leaf]), params)
+    experts_TK = routings(len(x_TD), 4, 2)["zipf"].astype(np.int32)
+
+    def differentiate(apply_layers, x_TD, experts_TK, weights_TK, params, cotangent_TD):
+        def loss(x_TD, weights_TK, params):
+            y_TD = apply_layers(x_TD, experts_TK, weights_TK, params)
+            return jnp.sum(y_TD * cotangent_TD), y_TD
+
+        (_, y_TD), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x_TD, weights_TK, params)
+        return y_TD, gradients
+
+    def written_out(x_TD, experts_TK, weights_TK, params):
+        for layer in range(3):
+            of_layer = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params)
+            x_TD = x_TD + 0.1 * exchange.serve(x_TD, experts_TK, weights_TK, of_layer)
+        return x_TD
+
+    def scanned(policy, x_TD, experts_TK, weights_TK, params):
+        @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+        def layer(x_TD, of_layer):
+            return x_TD + 0.1 * exchange.serve(x_TD, experts_TK, weights_TK, of_layer), None
+
+        return jax.lax.scan(layer, x_TD, params)[0]
+
+    operands = (x_TD, experts_TK, weights_TK, stacked, cotangent_TD)
+    expected = exchange.map(functools.partial(differentiate, written_out), stacked_params=True)(*operands)
+    names = jax.checkpoint_policies.save_only_these_names("expert_routes")
+    for policy in (names, jax.checkpoint_policies.nothing_saveable):
+        layers = functools.partial(differentiate, functools.partial(scanned, policy))
+        assert_all_close(exchange.map(layers, stacked_params=True)(*operands), expected, FLOAT32, "scanned layers")
+
+
+def check_bytes():
+    """The compiled program sends the planned bytes and nothing else: a token's row crosses nodes once."""
+    exchange = Exchange({"node": 4, "gpu": 2, "tensor": 2}, 0.6)
+    capacity = exchange.capacity
+    assert not capacity.goes_to_every_node and not capacity.goes_to_every_device
+    x_TD, weights_TK, params, _ = draw_problem(exchange.num_tokens)
+    tokens, experts = P(TOKEN_AXES), P(EXPERT_AXES)
+    in_specs = (tokens, tokens, tokens, experts)
+    mapped = jax.shard_map(exchange.serve, mesh=exchange.mesh, in_specs=in_specs, out_specs=tokens, check_vma=False)
+    experts_TK = jnp.zeros((len(x_TD), TOP_K), jnp.int32)
+    program = jax.jit(mapped, compiler_options=QUICK_COMPILE).lower(x_TD, experts_TK, weights_TK, params).compile()
+    like = {"experts": jnp.zeros((1, TOP_K), jnp.uint16), "weights": weights_TK[:1], "x": x_TD[:1]}
+    dispatched = capacity.bytes_sent(row_packing.row_bytes(row_packing.row_specs(like)))
+    returned = capacity.bytes_sent(x_TD[0].nbytes)
+    planned = {hop: dispatched[hop] + returned[hop] for hop in ("node", "inner")}
+    lines = program.as_text().splitlines()
+    of_further_rounds = ["/while/body/" in line for line in lines]
+    assert any(of_further_rounds)
+    for is_further in (False, True):
+        own = [line for line, further in zip(lines, of_further_rounds) if further == is_further]
+        assert count_bytes_sent(own, devices_per_node=4) == planned | {"sums": 1}
+
+
+def count_bytes_sent(lines: list[str], *, devices_per_node: int) -> dict[str, int]:
+    """Counts what a device sends to others by the all-to-alls of compiled HLO, across nodes and inside.
+
+    "sums" counts the all-reduces, which must be of one number: whether the devices need another round.
+    """
+    sent = {"node": 0, "inner": 0, "sums": 0}
+    for line in lines:
+        found = re.search(r" = (.*) (all-\w+(?:-\w+)?|collective-permute|reduce-scatter)\(", line)
+        if found is None:
+            continue
+        shapes, kind = found.groups()
+        if kind == "all-reduce":
+            assert shapes == "s32[]", line
+            sent["sums"] += 1
+            continue
+        assert kind == "all-to-all", line
+        parts = re.findall(r"([a-z])(\d+)\[([\d,]+)\]", shapes)  # what comes from each device of the group
+        group = [int(device) for device in re.search(r"replica_groups=\{\{([\d,]+)\}", line).group(1).split(",")]
+        assert len(parts) == len(group), line
+        size = sum(int(bits) // 8 * math.prod(map(int, shape.split(","))) for _, bits, shape in parts[1:])
+        crosses = len({device // devices_per_node for device in group}) > 1
+        assert not crosses or len({device % devices_per_node for device in group}) == 1, group
+        sent["node" if crosses else "inner"] += size
+    return sent
+
+
+if __name__ == "__main__":
+    globals()[f"check_{sys.argv[1]}"]()
