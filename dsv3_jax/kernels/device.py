@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import jax
 
+NUM_SMS = 132  # multiprocessors of an H100 SXM and an H200; persistent kernels run one thread block on each
+
 _is_lowering_for_hopper = contextvars.ContextVar("is_lowering_for_hopper", default=False)
 
 

@@ -22,10 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8.formats import TILE, QuantizedArray
+from dsv3_jax.kernels.device import NUM_SMS
+from dsv3_jax.kernels.hopper import PRODUCER_REGISTERS, WARPGROUP_ROWS, Cluster, consumer_registers, segmented
 
-NUM_SMS = 132  # H100 SXM and H200; one persistent thread block each
-WARPGROUP_ROWS = 64  # rows of one wgmma
-PRODUCER_REGISTERS = 40  # 24 makes the producer spill
 TMA_SCALE_ROW = 32  # float32 numbers in 128 bytes: where a copy to shared memory may begin
 TMA_BOX = 256  # elements along a side, at most
 WHOLE_ROWS, WHOLE_ROW_BYTES = 8, 128  # TMA reads and writes codes and outputs in such pieces
@@ -88,8 +87,9 @@ def scaled_matmul(
     whole_shape = out_type.shape
     a, b = with_whole_tiles(a), with_whole_tiles(b)
     out_type = with_whole_rows(out_type)
-    rows, columns, stages, warpgroups, cluster = tile.rows, tile.columns, tile.stages, tile.warpgroups, tile.cluster
-    num_clusters = NUM_SMS // cluster
+    rows, columns, stages, warpgroups = tile.rows, tile.columns, tile.stages, tile.warpgroups
+    cluster = Cluster(tile.cluster)
+    num_clusters = NUM_SMS // cluster.size
     out_columns = out_type.shape[-1]
     is_blockwise = b.tile == "block"
     block_scales = b.scales.shape[-1]
@@ -101,7 +101,7 @@ def scaled_matmul(
         full, empty, full_blocks, empty_blocks = refs[-4:]
         a_ref, a_scales_ref, b_ref, b_scales_ref, *table_refs = in_refs
         warpgroup, first = lax.axis_index("warpgroup"), lax.axis_index("first")
-        rank = lax.axis_index("rank") if cluster > 1 else 0
+        rank = cluster.rank()
         count = lax.div(num_work(table_refs) - first + num_clusters - 1, num_clusters)
 
         def work(index):
@@ -114,7 +114,6 @@ def scaled_matmul(
         @pl.when(warpgroup == warpgroups)
         def _produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            shared = {"collective_axes": ("rank",)} if cluster > 1 else {}
 
             def load_tile(index, carry):
                 slot, now = carry
@@ -137,7 +136,8 @@ def scaled_matmul(
                     contracted = pl.ds(step * TILE, TILE)
                     arrived = full.at[slot]
                     plgpu.copy_gmem_to_smem(b_ref.at[(*matrix, tile_columns, contracted)], b_smem.at[slot], arrived)
-                    plgpu.copy_gmem_to_smem(a_ref.at[tile_rows, contracted], a_smem.at[slot], arrived, **shared)
+                    a_block = a_ref.at[tile_rows, contracted]
+                    plgpu.copy_gmem_to_smem(a_block, a_smem.at[slot], arrived, **cluster.load_arguments)
                     plgpu.copy_gmem_to_smem(a_scales_ref.at[step, tile_rows], a_scales_smem.at[slot], arrived)
                     if not is_blockwise:
                         plgpu.copy_gmem_to_smem(b_scales_ref.at[step, tile_columns], b_scales_smem.at[slot], arrived)
@@ -159,7 +159,7 @@ def scaled_matmul(
 
         @pl.when(warpgroup < warpgroups)
         def _consume():
-            plgpu.set_max_registers(_consumer_registers(warpgroups), action="increase")
+            plgpu.set_max_registers(consumer_registers(warpgroups), action="increase")
             own_rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
             shape = (WARPGROUP_ROWS, columns)
 
@@ -243,11 +243,6 @@ def scaled_matmul(
             lax.fori_loop(0, count, multiply_tile, (jnp.int32(0), work(0)))
             plgpu.wait_smem_to_gmem(0)
 
-    if cluster > 1:
-        cluster_args = {"cluster": (cluster,), "cluster_names": ("rank",)}
-        empty = plgpu.ClusterBarrier(collective_axes=("rank",), num_barriers=stages, num_arrivals=warpgroups)
-    else:
-        cluster_args, empty = {}, plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups)
     codes_dtype = a.codes.dtype
     b_scales_shape = (2, -(-block_scales // TMA_SCALE_ROW) * TMA_SCALE_ROW) if is_blockwise else (stages, columns)
     out = plgpu.kernel(
@@ -255,21 +250,17 @@ def scaled_matmul(
         out_type=out_type,
         grid=(num_clusters,),
         grid_names=("first",),
-        **cluster_args,
+        **cluster.kernel_arguments,
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=(
-            plgpu.SMEM((stages, rows, TILE), codes_dtype, transforms=swizzled(codes_dtype, TILE)),
-            plgpu.SMEM((stages, columns, TILE), codes_dtype, transforms=swizzled(codes_dtype, TILE)),
+            segmented((stages, rows, TILE), codes_dtype),
+            segmented((stages, columns, TILE), codes_dtype),
             plgpu.SMEM((stages, rows), jnp.float32),
             plgpu.SMEM(b_scales_shape, jnp.float32),
-            plgpu.SMEM(
-                (warpgroups, tile.store_slots, WARPGROUP_ROWS, tile.store_columns),
-                out_type.dtype,
-                transforms=swizzled(out_type.dtype, tile.store_columns),
-            ),
+            segmented((warpgroups, tile.store_slots, WARPGROUP_ROWS, tile.store_columns), out_type.dtype),
             plgpu.Barrier(num_barriers=stages, num_arrivals=3 if is_blockwise else 4),
-            empty,
+            cluster.empty_barriers(stages, arrivals=warpgroups),
             plgpu.Barrier(num_barriers=2, num_arrivals=len(scale_boxes(block_scales))),
             plgpu.Barrier(num_barriers=2, num_arrivals=warpgroups),
         ),
@@ -306,16 +297,3 @@ def with_whole_rows(out_type: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def scale_boxes(num_scales: int) -> list[pl.Slice]:
     """Returns the boxes in which TMA copies a line of scales."""
     return [pl.ds(start, min(TMA_BOX, num_scales - start)) for start in range(0, num_scales, TMA_BOX)]
-
-
-def _consumer_registers(warpgroups: int) -> int:
-    """Returns the registers per thread that the multiplying warpgroups can have beside the producer."""
-    at_launch = 512 // (warpgroups + 1) // 8 * 8
-    return min(240, (at_launch * (warpgroups + 1) - PRODUCER_REGISTERS) // warpgroups // 8 * 8)
-
-
-def swizzled(dtype: Any, minor: int) -> tuple[Any, Any]:
-    """Returns the shared-memory layout that TMA writes and wgmma reads without bank conflicts."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(minor * itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)

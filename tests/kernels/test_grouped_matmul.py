@@ -121,7 +121,7 @@ def test_kernels_in_the_interpreter(monkeypatch, sizes, contraction, columns, ti
         pytest.skip(f"the Mosaic GPU interpreter of JAX {jax.__version__} cannot transpose operands; 0.11 can")
     interpret = plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized")
     monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=interpret))
-    monkeypatch.setattr(tuned, "NUM_SMS", 2)
+    monkeypatch.setattr(pallas_gpu, "NUM_SMS", 2)
     x, w, dy, group_sizes, starts = make_operands(sizes, contraction, columns, 128, jnp.bfloat16, spare_rows=128)
     expected_y, expected_dx, expected_dw = multiply_by_loop(x, w, dy, group_sizes, starts)
     multiply = functools.partial(pallas_gpu.rows_times_weights, group_sizes_E=group_sizes, tile=tile)

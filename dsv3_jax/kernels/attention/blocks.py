@@ -10,15 +10,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3_jax.kernels import hopper
+from dsv3_jax.kernels.device import NUM_SMS
+
 TILE = 128  # rows of a thread block's tile
-ROWS = 64  # rows of one warpgroup
+ROWS = hopper.WARPGROUP_ROWS
 WARPGROUPS = 2
 KEY_BLOCK = 128  # keys per step of the forward pass
 GRADIENT_BLOCK = 64  # rows per step of the backward pass: accumulators and two 64 x 64 products fill the registers
 STAGES = 2
-NUM_SMS = 132  # H100 SXM and H200; one persistent thread block each
 HEADS_TOGETHER = 8  # heads swept together, so that their keys and values stay in L2
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = hopper.PRODUCER_REGISTERS, hopper.consumer_registers(WARPGROUPS)
 LOG2_E = math.log2(math.e)
 # Where the running maximum of the scores starts. Finite: while a query has met hidden keys only, whose scores are -inf,
 # their weights are exp2(-inf - LOWEST) = 0.
@@ -66,12 +68,6 @@ def kernel(body: Callable, *, out_type: Any, scratch_types: tuple) -> Callable:
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0
         ),
     )
-
-
-def swizzled(*shape_and_dtype: Any) -> Any:
-    """Declares a shared-memory block, or several, in the 128-byte swizzle that TMA writes and wgmma reads."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape_and_dtype[:-1], shape_and_dtype[-1], transforms=transforms)
 
 
 def ring(stages: int, *, copies: int = 1) -> tuple[Any, Any]:

@@ -36,6 +36,7 @@ from dsv3_jax.kernels.attention.blocks import (
     WARPGROUPS,
 )
 from dsv3_jax.kernels.attention.pallas_gpu_gradients import key_value_gradients, query_gradient
+from dsv3_jax.kernels.hopper import segmented
 
 OUT_COLUMNS = 64  # of a store: widths of queries and values are multiples
 
@@ -216,11 +217,11 @@ def attend(
         scratch_types=(
             # A warpgroup's output takes the place of its own queries, and of no other's: the other may still need them.
             plgpu.RefUnion(
-                blocks.swizzled(WARPGROUPS, ROWS, width, dtype),
-                blocks.swizzled(WARPGROUPS * width // OUT_COLUMNS, ROWS, OUT_COLUMNS, dtype),
+                segmented((WARPGROUPS, ROWS, width), dtype),
+                segmented((WARPGROUPS * width // OUT_COLUMNS, ROWS, OUT_COLUMNS), dtype),
             ),
-            blocks.swizzled(STAGES, KEY_BLOCK, width, dtype),
-            blocks.swizzled(STAGES, KEY_BLOCK, value_width, dtype),
+            segmented((STAGES, KEY_BLOCK, width), dtype),
+            segmented((STAGES, KEY_BLOCK, value_width), dtype),
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=2 if has_segments else 1),
             plgpu.Barrier(num_barriers=WARPGROUPS),

@@ -20,6 +20,7 @@ from dsv3_jax.kernels.attention.blocks import (
     TILE,
     WARPGROUPS,
 )
+from dsv3_jax.kernels.hopper import segmented
 
 
 def query_gradient(q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, delta_BNT, scale: float) -> jax.Array:
@@ -150,12 +151,12 @@ def query_gradient(q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, del
         attention_query_gradient,
         out_type=jax.ShapeDtypeStruct(q_BTNX.shape, dtype),
         scratch_types=(
-            blocks.swizzled(WARPGROUPS, ROWS, width, dtype),
-            blocks.swizzled(WARPGROUPS, ROWS, value_width, dtype),
+            segmented((WARPGROUPS, ROWS, width), dtype),
+            segmented((WARPGROUPS, ROWS, value_width), dtype),
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-            blocks.swizzled(stages, GRADIENT_BLOCK, width, dtype),
-            blocks.swizzled(stages, GRADIENT_BLOCK, value_width, dtype),
+            segmented((stages, GRADIENT_BLOCK, width), dtype),
+            segmented((stages, GRADIENT_BLOCK, value_width), dtype),
             plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=5 if has_segments else 4),
             plgpu.Barrier(num_barriers=WARPGROUPS),
             *blocks.ring(stages),
@@ -359,13 +360,13 @@ def key_value_gradients(
         attention_key_value_gradients,
         out_type=(jax.ShapeDtypeStruct(k_BTNX.shape, dtype), jax.ShapeDtypeStruct(v_BTNU.shape, dtype)),
         scratch_types=(
-            blocks.swizzled(ROWS, width, dtype),
-            blocks.swizzled(ROWS, value_width, dtype),
-            blocks.swizzled(ROWS, width, dtype),
-            blocks.swizzled(ROWS, value_width, dtype),
-            blocks.swizzled(2, *shape, dtype),
-            blocks.swizzled(stages, GRADIENT_BLOCK, width, dtype),
-            blocks.swizzled(stages, GRADIENT_BLOCK, value_width, dtype),
+            segmented((ROWS, width), dtype),
+            segmented((ROWS, value_width), dtype),
+            segmented((ROWS, width), dtype),
+            segmented((ROWS, value_width), dtype),
+            segmented((2, *shape), dtype),
+            segmented((stages, GRADIENT_BLOCK, width), dtype),
+            segmented((stages, GRADIENT_BLOCK, value_width), dtype),
             plgpu.SMEM((stages, GRADIENT_BLOCK), jnp.float32),
             plgpu.SMEM((stages, GRADIENT_BLOCK), jnp.float32),
             *(plgpu.Barrier(),) * 4,

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8 import formats
 from dsv3_jax.fp8.formats import E4M3, TILE, QuantizedArray
+from dsv3_jax.kernels.hopper import segmented
 
 ROW_MULTIPLE = 16  # of the rows of every tensor
 SEGMENT = 64  # columns that lie together in shared memory; the columns of every operand are a multiple
@@ -179,7 +180,7 @@ def for_each_tile(
         grid_names=("row", "column"),
         scratch_types=(
             *types,
-            _tiled((slots, chunk_rows, TILE), E4M3, columns=SEGMENT if is_segmented else NARROW_SEGMENT),
+            segmented((slots, chunk_rows, TILE), E4M3, also_dividing=SEGMENT if is_segmented else NARROW_SEGMENT),
             plgpu.SMEM((slots, chunk_rows), jnp.float32),
             plgpu.Barrier(num_arrivals=len(arrays)),
         ),
@@ -199,7 +200,7 @@ def _in_shared_memory(operands: list[Operand], tile_rows: int) -> tuple[list, li
         is_quantized = isinstance(tensor, QuantizedArray)
         array = tensor.codes if is_quantized else tensor
         arrays.append(array)
-        types.append(_tiled((tile_rows, TILE), array.dtype))
+        types.append(segmented((tile_rows, TILE), array.dtype, also_dividing=SEGMENT))
         transfers.append(
             lambda i, j, first=first_tile: (pl.ds(i * tile_rows, tile_rows), pl.ds((j + first) * TILE, TILE))
         )
@@ -208,15 +209,6 @@ def _in_shared_memory(operands: list[Operand], tile_rows: int) -> tuple[list, li
             types.append(plgpu.SMEM((tile_rows,), jnp.float32))
             transfers.append(lambda i, j, first=first_tile: (j + first, pl.ds(i * tile_rows, tile_rows)))
     return arrays, types, transfers
-
-
-def _tiled(shape: tuple[int, ...], dtype: Any, *, columns: int = SEGMENT) -> Any:
-    """Declares tiles in shared memory in segments of columns, arranged for accesses without bank conflicts."""
-    segments = plgpu.TilingTransform((8, columns))
-    if columns == NARROW_SEGMENT:
-        return plgpu.SMEM(shape, dtype, transforms=(segments,))
-    swizzle = plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)
-    return plgpu.SMEM(shape, dtype, transforms=(segments, swizzle))
 
 
 def quantize(values: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -19,11 +19,11 @@ from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8.formats import E4M3, E4M3_MAX, MIN_AMAX, TILE, QuantizedArray, num_tiles, padded_blocks
+from dsv3_jax.kernels.device import NUM_SMS
+from dsv3_jax.kernels.hopper import WARPGROUP_ROWS, segmented
 
-NUM_SMS = 132  # H100 SXM and H200; one persistent thread block each
 STAGES = 3  # blocks of 64 KiB in shared memory
 WARPGROUPS = 4
-PART_ROWS = 64  # of a block, that a warpgroup quantizes
 LARGEST_INTEGER = 0x7FFFFFFF
 
 # Every warp holds all row maxima of a block, 4 neighbours per lane, so that each finds the largest by itself.
@@ -42,7 +42,7 @@ def quantize_weights(weight_KN: jax.Array) -> tuple[QuantizedArray, QuantizedArr
     block_rows, block_columns = num_tiles(rows), num_tiles(columns)
     num_blocks = matrices * block_rows * block_columns
     num_programs = min(num_blocks, NUM_SMS)
-    part = (PART_ROWS, TILE * TILE // (WARPGROUPS * PART_ROWS))
+    part = (WARPGROUP_ROWS, TILE * TILE // (WARPGROUPS * WARPGROUP_ROWS))
     parts_per_line = TILE // part[1]
 
     def kernel(weight, forward, forward_scales, backward, backward_scales, *scratch):
@@ -75,7 +75,7 @@ def quantize_weights(weight_KN: jax.Array) -> tuple[QuantizedArray, QuantizedArr
             values = plgpu.layout_cast(own[...], plgpu.Layout.WGMMA)
             # As integers, whose largest is NaN where there is one.
             magnitude_bits = lax.bitcast_convert_type(values, jnp.int32) & LARGEST_INTEGER
-            maxima_smem[parity, pl.ds(warpgroup * PART_ROWS, PART_ROWS)] = magnitude_bits.max(axis=1)
+            maxima_smem[parity, pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)] = magnitude_bits.max(axis=1)
             plgpu.commit_smem()
             plgpu.barrier_arrive(is_read)
             plgpu.barrier_wait(is_read)
@@ -127,10 +127,10 @@ def quantize_weights(weight_KN: jax.Array) -> tuple[QuantizedArray, QuantizedArr
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
         scratch_types=(
-            _tiled((STAGES, TILE, TILE), jnp.float32, columns),
-            plgpu.SMEM((2, WARPGROUPS * PART_ROWS), jnp.int32),
-            _tiled((WARPGROUPS, *part), E4M3, columns),
-            _tiled((WARPGROUPS, *part[::-1]), E4M3, rows),
+            segmented((STAGES, TILE, TILE), jnp.float32, also_dividing=columns),
+            plgpu.SMEM((2, WARPGROUPS * WARPGROUP_ROWS), jnp.int32),
+            segmented((WARPGROUPS, *part), E4M3, also_dividing=columns),
+            segmented((WARPGROUPS, *part[::-1]), E4M3, also_dividing=rows),
             plgpu.Barrier(num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ),
@@ -175,16 +175,3 @@ def _zero(scales: Any, line: tuple, num_blocks: int) -> None:
     """Writes the unused scales at the end of a line."""
     for column in range(num_blocks, scales.shape[-1]):
         scales[(*line, column)] = jnp.float32(0)
-
-
-def _tiled(shape: tuple[int, ...], dtype: Any, minor_size: int) -> Any:
-    """Declares buffers in shared memory for copies of a tensor that has the given last dimension.
-
-    They lie in segments of up to 128 bytes, arranged for accesses without bank conflicts; a copy cannot end within one.
-    """
-    itemsize = jnp.dtype(dtype).itemsize
-    segment = math.gcd(minor_size, shape[-1], 128 // itemsize)
-    transforms = (plgpu.TilingTransform((8, segment)),)
-    if segment * itemsize > 16:
-        transforms += (plgpu.SwizzleTransform(segment * itemsize),)
-    return plgpu.SMEM(shape, dtype, transforms=transforms)

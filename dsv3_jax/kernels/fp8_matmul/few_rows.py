@@ -13,14 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
 from dsv3_jax.kernels.fp8_matmul.tuned import FewRowsTile
-from dsv3_jax.kernels.scaled_matmul import (
-    TMA_SCALE_ROW,
-    WARPGROUP_ROWS,
-    scale_boxes,
-    swizzled,
-    with_whole_rows,
-    with_whole_tiles,
-)
+from dsv3_jax.kernels.hopper import WARPGROUP_ROWS, Cluster, segmented
+from dsv3_jax.kernels.scaled_matmul import TMA_SCALE_ROW, scale_boxes, with_whole_rows, with_whole_tiles
 
 MAX_ROWS = 2 * WARPGROUP_ROWS
 
@@ -32,24 +26,24 @@ def few_rows_matmul(
     whole_shape = out_type.shape
     a, b, out_type = with_whole_tiles(a), with_whole_tiles(b), with_whole_rows(out_type)
     num_rows, contraction = a.codes.shape
-    columns, stages, warpgroups, cluster = tile.columns, tile.stages, tile.warpgroups, tile.cluster
+    columns, stages, warpgroups = tile.columns, tile.stages, tile.warpgroups
+    cluster = Cluster(tile.cluster)
     waves = pl.cdiv(num_rows, WARPGROUP_ROWS)
     rows, steps, block_scales = waves * WARPGROUP_ROWS, num_tiles(contraction), b.scales.shape[-1]
-    num_clusters = pl.cdiv(len(b.codes), columns * cluster)
+    num_clusters = pl.cdiv(len(b.codes), columns * cluster.size)
     wave_rows = [pl.ds(wave * WARPGROUP_ROWS, WARPGROUP_ROWS) for wave in range(waves)]
 
     def few_rows_kernel(a_ref, a_scales_ref, b_ref, b_scales_ref, out_ref, *scratch):
         a_smem, b_smem, a_scales_smem, b_scales_smem, sums_smem, out_smem, full, empty, full_blocks, summed = scratch
         warpgroup = lax.axis_index("warpgroup")
-        rank = lax.axis_index("rank") if cluster > 1 else 0
-        first_column = (lax.axis_index("cluster") * cluster + rank) * columns
+        rank = cluster.rank()
+        first_column = (lax.axis_index("cluster") * cluster.size + rank) * columns
 
         @pl.when(warpgroup == warpgroups)
         def _produce():
             block = jnp.minimum(lax.div(first_column, TILE), b_scales_ref.shape[0] - 1)
             for box in scale_boxes(block_scales):
                 plgpu.copy_gmem_to_smem(b_scales_ref.at[block, box], b_scales_smem.at[box], full_blocks)
-            shared = {"collective_axes": ("rank",)} if cluster > 1 else {}
 
             def load_step(step, _):
                 slot = lax.rem(step, stages)
@@ -57,7 +51,8 @@ def few_rows_matmul(
                 contracted = pl.ds(step * TILE, TILE)
                 b_block = b_ref.at[pl.ds(first_column, columns), contracted]
                 plgpu.copy_gmem_to_smem(b_block, b_smem.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(a_ref.at[pl.ds(0, rows), contracted], a_smem.at[slot], full.at[slot], **shared)
+                a_block = a_ref.at[pl.ds(0, rows), contracted]
+                plgpu.copy_gmem_to_smem(a_block, a_smem.at[slot], full.at[slot], **cluster.load_arguments)
                 a_scales = a_scales_ref.at[step, pl.ds(0, rows)]
                 plgpu.copy_gmem_to_smem(a_scales, a_scales_smem.at[slot], full.at[slot])
 
@@ -118,30 +113,24 @@ def few_rows_matmul(
                 plgpu.copy_smem_to_gmem(out_smem, out_ref.at[pl.ds(0, rows), pl.ds(first_column, columns)])
                 plgpu.wait_smem_to_gmem(0)
 
-    if cluster > 1:
-        cluster_args = {"cluster": (cluster,), "cluster_names": ("rank",)}
-        empty = plgpu.ClusterBarrier(collective_axes=("rank",), num_barriers=stages, num_arrivals=1)
-    else:
-        cluster_args, empty = {}, plgpu.Barrier(num_barriers=stages, num_arrivals=1)
     codes = a.codes.dtype
-    float32_tile, out_tile = swizzled(jnp.float32, columns), swizzled(out_type.dtype, columns)
     out = plgpu.kernel(
         few_rows_kernel,
         out_type=out_type,
         grid=(num_clusters,),
         grid_names=("cluster",),
-        **cluster_args,
+        **cluster.kernel_arguments,
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=(
-            plgpu.SMEM((stages, rows, TILE), codes, transforms=swizzled(codes, TILE)),
-            plgpu.SMEM((stages, columns, TILE), codes, transforms=swizzled(codes, TILE)),
+            segmented((stages, rows, TILE), codes),
+            segmented((stages, columns, TILE), codes),
             plgpu.SMEM((stages, rows), jnp.float32),
             plgpu.SMEM((-(-block_scales // TMA_SCALE_ROW) * TMA_SCALE_ROW,), jnp.float32),
-            plgpu.SMEM((max(1, warpgroups - 1), rows, columns), jnp.float32, transforms=float32_tile),
-            plgpu.SMEM((rows, columns), out_type.dtype, transforms=out_tile),
+            segmented((max(1, warpgroups - 1), rows, columns), jnp.float32),
+            segmented((rows, columns), out_type.dtype),
             plgpu.Barrier(num_barriers=stages, num_arrivals=3),
-            empty,
+            cluster.empty_barriers(stages, arrivals=1),
             plgpu.Barrier(num_arrivals=len(scale_boxes(block_scales))),
             plgpu.Barrier(num_arrivals=max(1, warpgroups - 1)),
         ),

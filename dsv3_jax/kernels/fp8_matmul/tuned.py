@@ -5,7 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dsv3_jax.kernels.scaled_matmul import NUM_SMS, Tile
+from dsv3_jax.kernels.device import NUM_SMS
+from dsv3_jax.kernels.scaled_matmul import Tile
 
 
 @dataclasses.dataclass(frozen=True)

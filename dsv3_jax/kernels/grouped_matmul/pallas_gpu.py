@@ -23,11 +23,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3_jax.kernels.device import NUM_SMS
 from dsv3_jax.kernels.grouped_matmul import tuned
 from dsv3_jax.kernels.grouped_matmul.tuned import ROW_ALIGNMENT, STEP
-
-WARPGROUP_ROWS = 64  # rows of one wgmma
-PRODUCER_REGISTERS = 40  # 24 makes the producer spill
+from dsv3_jax.kernels.hopper import PRODUCER_REGISTERS, WARPGROUP_ROWS, Cluster, consumer_registers, segmented
 
 
 @jax.custom_vjp
@@ -215,27 +214,26 @@ def _persistent_matmul(
     """
     num_groups, num_bundles, num_column_tiles = grid
     dtype = operands[0].dtype
-    stages, warpgroups, cluster = tile.stages, tile.warpgroups, tile.cluster
+    stages, warpgroups, cluster = tile.stages, tile.warpgroups, Cluster(tile.cluster)
     tiles_per_group = num_bundles * num_column_tiles
-    num_clusters = tuned.NUM_SMS // cluster
+    num_clusters = NUM_SMS // cluster.size
     width, columns = out_type.shape[-2:]
     may_lie_outside = (
-        width % (tile.rows * cluster) or columns % tile.columns or num_bundles * cluster * tile.rows > width
+        width % (tile.rows * tile.cluster) or columns % tile.columns or num_bundles * tile.cluster * tile.rows > width
     )
 
     # One function because the two roles share barriers, buffers and the order of tiles.
     def grouped_matmul_kernel(*refs):
         *in_refs, out_ref, lhs_smem, rhs_smem, out_smem, full, empty = refs
         warpgroup, first = lax.axis_index("warpgroup"), lax.axis_index("first")
-        rank = lax.axis_index("rank") if cluster > 1 else 0
         num_tiles = lax.div(num_groups * tiles_per_group - first + num_clusters - 1, num_clusters)
 
         def position(index):
             linear = first + index * num_clusters
             bundle, column = plgpu.planar_snake(
-                lax.rem(linear, tiles_per_group), (num_bundles, num_column_tiles), 0, tile.raster_rows // cluster
+                lax.rem(linear, tiles_per_group), (num_bundles, num_column_tiles), 0, tile.raster_rows // cluster.size
             )
-            return lax.div(linear, tiles_per_group), bundle, row_of(in_refs, bundle, rank), column
+            return lax.div(linear, tiles_per_group), bundle, row_of(in_refs, bundle, cluster.rank()), column
 
         def next_slot(slot):
             return jnp.where(slot == stages - 1, 0, slot + 1)
@@ -255,8 +253,7 @@ def _persistent_matmul(
                     plgpu.barrier_wait(empty.at[slot])
                     lhs_block, rhs_block = blocks_of_step(step)
                     plgpu.copy_gmem_to_smem(lhs_block, lhs_smem.at[slot], full.at[slot])
-                    shared = {"collective_axes": ("rank",)} if cluster > 1 else {}
-                    plgpu.copy_gmem_to_smem(rhs_block, rhs_smem.at[slot], full.at[slot], **shared)
+                    plgpu.copy_gmem_to_smem(rhs_block, rhs_smem.at[slot], full.at[slot], **cluster.load_arguments)
                     return next_slot(slot)
 
                 return lax.fori_loop(0, num_steps(in_refs, group, bundle), load_step, slot)
@@ -271,7 +268,7 @@ def _persistent_matmul(
 
         @pl.when(warpgroup < warpgroups)
         def _consume():
-            plgpu.set_max_registers(_consumer_registers(warpgroups), action="increase")
+            plgpu.set_max_registers(consumer_registers(warpgroups), action="increase")
             own_rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
             # Every step frees the slot before its own; the first one thereby opens the last slot.
@@ -321,40 +318,20 @@ def _persistent_matmul(
 
     lhs_shape = (STEP, tile.rows) if lhs_is_transposed else (tile.rows, STEP)
     rhs_shape = (tile.columns, STEP) if rhs_is_transposed else (STEP, tile.columns)
-    out_shape = (warpgroups, tile.store_slots, WARPGROUP_ROWS, tile.store_columns)
-    if cluster > 1:
-        cluster_args = {"cluster": (cluster,), "cluster_names": ("rank",)}
-        empty = plgpu.ClusterBarrier(collective_axes=("rank",), num_barriers=stages, num_arrivals=warpgroups)
-    else:
-        cluster_args = {}
-        empty = plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups)
     return plgpu.kernel(
         grouped_matmul_kernel,
         out_type=out_type,
         grid=(num_clusters,),
         grid_names=("first",),
-        **cluster_args,
+        **cluster.kernel_arguments,
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=(
-            plgpu.SMEM((stages, *lhs_shape), dtype, transforms=_swizzled(dtype, lhs_shape[1])),
-            plgpu.SMEM((stages, *rhs_shape), dtype, transforms=_swizzled(dtype, rhs_shape[1])),
-            plgpu.SMEM(out_shape, out_type.dtype, transforms=_swizzled(out_type.dtype, tile.store_columns)),
+            segmented((stages, *lhs_shape), dtype),
+            segmented((stages, *rhs_shape), dtype),
+            segmented((warpgroups, tile.store_slots, WARPGROUP_ROWS, tile.store_columns), out_type.dtype),
             plgpu.Barrier(num_barriers=stages, num_arrivals=2),
-            empty,
+            cluster.empty_barriers(stages, arrivals=warpgroups),
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*operands)
-
-
-def _consumer_registers(warpgroups: int) -> int:
-    """Returns the registers per thread that the multiplying warpgroups can have beside the producer."""
-    at_launch = 512 // (warpgroups + 1) // 8 * 8
-    return min(240, (at_launch * (warpgroups + 1) - PRODUCER_REGISTERS) // warpgroups // 8 * 8)
-
-
-def _swizzled(dtype: Any, minor: int) -> tuple[Any, Any]:
-    """Returns the shared-memory layout that TMA writes and wgmma reads without bank conflicts."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(minor * itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 ROW_ALIGNMENT = 128  # rows of an output tile
 STEP = 64  # contraction per pipeline stage: one 128-byte swizzle row of a 16-bit type
-NUM_SMS = 132  # H100 SXM and H200; one persistent thread block each
 
 
 @dataclasses.dataclass(frozen=True)
