@@ -10,8 +10,8 @@ from dsv3_jax.kernels.scaled_matmul import Tile
 def product(out_dtype: Any) -> Tile:
     """Returns the tile for rows times the matrices of their groups."""
     if jnp.dtype(out_dtype).itemsize == 2:
-        return Tile(cluster=2, raster_rows=12)
-    return Tile(cluster=2, raster_rows=12, store_columns=32, store_slots=2)
+        return Tile(raster_rows=12)
+    return Tile(raster_rows=12, store_columns=32, store_slots=2)
 
 
 def weight_gradient(out_dtype: Any) -> Tile:
