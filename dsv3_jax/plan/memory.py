@@ -1,0 +1,266 @@
+"""Says what fills a device's memory when a compiled program needs most of it, by kind.
+
+The compiler writes down which buffers are alive at its peak; their instructions tell where they come from.
+"""
+
+import dataclasses
+import math
+import re
+
+import jax
+
+from dsv3_jax.plan.hlo import Instruction, Program, arrays
+
+MASTERS = "master weights"
+MOMENTS = "optimizer moments"
+WEIGHTS = "weights as computed with"
+CACHE = "key-value cache"
+GRADIENTS = "gradients"
+KEPT = "kept activations"
+EXCHANGE = "exchange buffers"
+INPUTS = "other inputs"
+TEMPORARIES = "temporaries"
+KINDS = (MASTERS, MOMENTS, WEIGHTS, CACHE, GRADIENTS, KEPT, EXCHANGE, INPUTS, TEMPORARIES)
+
+_ARGUMENTS = {"state.params": MASTERS, "state.optimizer": MOMENTS, "params": WEIGHTS, "cache": CACHE}
+_WEIGHT_SOURCES = ("model/params.py", "sharding/zero.py")
+_EXCHANGE_SOURCES = ("sharding/expert_exchange.py", "sharding/row_packing.py", "sharding/exchange_plan.py")
+_MOVES = ("copy", "bitcast", "reshape", "transpose", "copy-start", "copy-done", "optimization-barrier")
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """One buffer that is alive at the peak."""
+
+    name: str
+    kind: str
+    num_bytes: int
+    type: str  # element type and dimensions
+    origin: str  # of the instruction that fills it: argument, or path of JAX transformations
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """A device's memory at the peak of a program."""
+
+    num_bytes: int  # arguments, results that replace none, and the arena of everything else
+    by_kind: dict[str, int]  # adds up to num_bytes
+    largest: tuple[Buffer, ...]
+
+
+def peak(
+    compiled: jax.stages.Compiled, program: Program, assignment: str, live_ranges: str, *, weight_sizes: frozenset[int]
+) -> Peak:
+    """Returns what fills the memory of one device at the moment when most of it is in use.
+
+    Gaps that the compiler left between buffers count as temporaries, for nothing else can use them.
+
+    Args:
+      program: the text of `compiled`, read.
+      assignment: the compiler's text on the place of every buffer.
+      live_ranges: its text on the life of every buffer.
+      weight_sizes: elements of one device's part of every parameter, as stored and as computed with.
+    """
+    allocations = _allocations(assignment)
+    moment, values = _fullest_moment(allocations, _lives(live_ranges))
+    values += [
+        _Value(allocation.values[0].name, allocation.size, 0, allocation.values[0].type)
+        for allocation in allocations
+        if not allocation.is_arena and allocation.values
+    ]
+    is_backward = moment >= _first_backward_moment(program, live_ranges)
+    buffers = []
+    for value in values:
+        origin = _origin(program, *_split_name(value.name))
+        kind = _kind(program, origin, value.type, weight_sizes, is_backward)
+        path = origin.op_name if origin.op_name else origin.name
+        buffers.append(Buffer(value.name, kind, value.size, _plain(value.type), path))
+    by_kind = dict.fromkeys(KINDS, 0)
+    for buffer in buffers:
+        by_kind[buffer.kind] += buffer.num_bytes
+    total = allocated_bytes(compiled)
+    by_kind[TEMPORARIES] += total - sum(by_kind.values())
+    largest = tuple(sorted(buffers, key=lambda buffer: -buffer.num_bytes))
+    return Peak(total, {kind: size for kind, size in by_kind.items() if size}, largest)
+
+
+def allocated_bytes(compiled: jax.stages.Compiled) -> int:
+    """Returns the bytes that a device must have for a program: arguments, results that replace none, temporaries."""
+    statistics = compiled.memory_analysis()
+    new_results = statistics.output_size_in_bytes - statistics.alias_size_in_bytes
+    return statistics.argument_size_in_bytes + new_results + statistics.temp_size_in_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Value:
+    """One buffer's place: the instruction that fills it, with the element of its result in braces."""
+
+    name: str
+    size: int
+    offset: int
+    type: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Allocation:
+    """A stretch of memory; in the arena buffers follow each other in time."""
+
+    size: int
+    is_arena: bool
+    values: list[_Value]
+
+
+def _allocations(assignment: str) -> list[_Allocation]:
+    """Reads the compiler's text on buffers; constants and what lives in registers are left out."""
+    allocations: list[_Allocation] = []
+    for line in assignment.splitlines():
+        if match := re.match(r"allocation \d+: size (\d+),(.*)", line):
+            is_skipped = "thread-local" in line or line.endswith("constant:")
+            is_arena = "preallocated-temp" in line
+            current = _Allocation(int(match.group(1)), is_arena, [])
+            if not is_skipped:
+                allocations.append(current)
+        elif match := re.match(r" value: <\d+ (\S+)(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)", line):
+            name, size, offset, type_ = match.groups()
+            current.values.append(_Value(name, int(size), int(offset), type_))
+        elif not line.strip():
+            break  # what follows is about single instructions
+    return allocations
+
+
+def _lives(live_ranges: str) -> dict[str, tuple[int, int]]:
+    """Returns the first and last moment of every buffer, by instruction and element."""
+    found = re.findall(r"^    (\S+)\{([\d,]*)\}:(\d+)-(\d+)$", live_ranges, re.MULTILINE)
+    return {_join_name(name, index): (int(start), int(end)) for name, index, start, end in found}
+
+
+def _first_backward_moment(program: Program, live_ranges: str) -> float:
+    sequence = re.findall(r"^    (\d+):(\S+)$", live_ranges, re.MULTILINE)
+    return min((int(moment) for moment, name in sequence if _is_backward(program.instructions.get(name))),
+               default=math.inf)  # fmt: skip
+
+
+def _fullest_moment(allocations: list[_Allocation], lives: dict[str, tuple[int, int]]) -> tuple[int, list[_Value]]:
+    """Returns the moment when buffers fill most of the arena, and which do; one of those in the same place."""
+    known = [
+        (*lives[value.name], value)
+        for allocation in allocations
+        if allocation.is_arena
+        for value in allocation.values
+        if value.name in lives
+    ]
+    moment, fullest = 0, []
+    for now in sorted({start for start, _, _ in known}):
+        alive = _without_overlap([value for start, end, value in known if start <= now <= end])
+        if sum(value.size for value in alive) > sum(value.size for value in fullest):
+            moment, fullest = now, alive
+    return moment, fullest
+
+
+def _without_overlap(values: list[_Value]) -> list[_Value]:
+    """Returns buffers cut to what no other of them covers."""
+    cut, end = [], 0
+    for value in sorted(values, key=lambda value: (value.offset, -value.size)):
+        covered = max(0, min(end - value.offset, value.size))
+        if covered < value.size:
+            cut.append(dataclasses.replace(value, size=value.size - covered))
+        end = max(end, value.offset + value.size)
+    return cut
+
+
+def _split_name(name: str) -> tuple[str, tuple[int, ...]]:
+    instruction, _, index = name.partition("{")
+    return instruction, tuple(int(part) for part in index.rstrip("}").split(",") if part)
+
+
+def _join_name(instruction: str, index: str) -> str:
+    return f"{instruction}{{{index}}}" if index else instruction
+
+
+def _kind(program: Program, origin: Instruction, type_: str, weight_sizes: frozenset[int], is_backward: bool) -> str:
+    """Returns the kind of a buffer of the given type that an instruction fills."""
+    if origin.opcode == "parameter" and program.computation_of[origin.name] == program.entry:
+        return next((kind for prefix, kind in _ARGUMENTS.items() if origin.op_name.startswith(prefix)), INPUTS)
+    files = program.files(origin)
+    is_weight_size = _num_elements(type_) in weight_sizes
+    differentiated = "jvp(" in origin.op_name
+    if is_weight_size and differentiated and type_.startswith("f32"):
+        return GRADIENTS
+    if is_weight_size and _is_backward(origin):
+        return GRADIENTS
+    if not differentiated and any(file.endswith(_WEIGHT_SOURCES) for file in files):
+        return WEIGHTS
+    is_forward = differentiated and not _is_backward(origin)
+    if is_forward and (is_backward or _updates_in_place(program, origin)):
+        return KEPT
+    if any(file.endswith(_EXCHANGE_SOURCES) for file in files):
+        return EXCHANGE
+    return TEMPORARIES
+
+
+def _is_backward(instruction: Instruction | None) -> bool:
+    return instruction is not None and "transpose(" in instruction.op_name
+
+
+def _updates_in_place(program: Program, instruction: Instruction) -> bool:
+    """Tells whether an instruction writes a slice of an array that a loop carries: a scan's results."""
+    if instruction.opcode == "fusion":
+        return any(inner.opcode == "dynamic-update-slice" for inner in _inner(program, instruction))
+    return instruction.opcode == "dynamic-update-slice"
+
+
+def _inner(program: Program, fusion: Instruction) -> list[Instruction]:
+    return list(program.computations[fusion.called[0]].values())
+
+
+def _origin(program: Program, name: str, index: tuple[int, ...]) -> Instruction:
+    """Follows tuples, loops and copies back to the instruction that fills a buffer."""
+    seen = set()
+    while (name, index) not in seen:
+        seen.add((name, index))
+        instruction = program.instructions[name]
+        source = _source(program, instruction, index)
+        if source is None:
+            return instruction
+        name, index = source
+    return program.instructions[name]
+
+
+def _source(program: Program, instruction: Instruction, index: tuple[int, ...]) -> tuple[str, tuple[int, ...]] | None:
+    """Returns where the value of an instruction's element comes from; None if the instruction makes it."""
+    opcode = instruction.opcode
+    if opcode == "get-tuple-element":
+        return instruction.operands[0], (instruction.index, *index)
+    if opcode == "tuple" and index:
+        return instruction.operands[index[0]], index[1:]
+    if opcode == "while":
+        return _of_loop(program, instruction, index)
+    if opcode == "parameter":
+        caller = program.loop_of.get(program.computation_of[instruction.name])
+        return None if caller is None else _of_loop(program, caller, index)
+    if opcode in ("call", "conditional"):
+        return program.root(instruction.called[0]).name, index
+    return (instruction.operands[0], index) if opcode in _MOVES else None
+
+
+def _of_loop(program: Program, loop: Instruction, index: tuple[int, ...]) -> tuple[str, tuple[int, ...]] | None:
+    """Returns what a loop leaves in an element of its state: its body's result, or if unchanged what it began with."""
+    if not index:
+        return None
+    body = program.root(loop.body)
+    if body.opcode != "tuple":
+        return body.name, index
+    last = program.instructions[body.operands[index[0]]]
+    parameter = last.opcode == "get-tuple-element" and program.instructions[last.operands[0]].opcode == "parameter"
+    if parameter and last.index == index[0]:
+        return loop.operands[0], index
+    return last.name, index[1:]
+
+
+def _num_elements(type_: str) -> int:
+    return sum(math.prod(dims) for _, dims in arrays(type_))
+
+
+def _plain(type_: str) -> str:
+    """Returns a type without its layout."""
+    return re.sub(r"\{[^}]*\}", "", type_)

@@ -1,0 +1,113 @@
+"""Puts together what a program needs of every device."""
+
+import contextlib
+import dataclasses
+import math
+import time
+
+import jax
+
+from dsv3_jax.config import RunConfig
+from dsv3_jax.kernels import device
+from dsv3_jax.plan import flops, memory, programs, roofline, traffic
+from dsv3_jax.plan.compilation import compile_program
+from dsv3_jax.plan.hardware import Hardware
+
+_IN_LAYERS = (memory.WEIGHTS, memory.GRADIENTS)  # what pipeline stages divide among them
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one run of a program needs of every device. Bytes, FLOPs and seconds are those of one device."""
+
+    program: str
+    work: str
+    mesh: dict[str, int]  # devices along each axis
+    hardware: Hardware
+    tokens: int  # all devices together
+    memory: dict[str, int]  # bytes at the peak, by kind
+    largest_buffers: tuple[memory.Buffer, ...]
+    usable_memory: int
+    flops: dict[str, float]  # executed, by precision
+    needed_flops: float | None  # by the usual count, without what is computed again
+    memory_traffic: int  # bytes read and written
+    collectives: tuple[traffic.Collective, ...]
+    busy_seconds: dict[str, float]  # by resource
+    compile_seconds: float
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(self.mesh.values())
+
+    @property
+    def peak_memory(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_memory <= self.usable_memory
+
+    @property
+    def least_seconds(self) -> float:
+        """What the busiest resource needs; the rest may hide behind it."""
+        return roofline.least_seconds(self.busy_seconds)[0]
+
+    @property
+    def dominated_by(self) -> str:
+        return roofline.least_seconds(self.busy_seconds)[1]
+
+    @property
+    def stages_to_fit(self) -> int | None:
+        """Pipeline stages that would divide weights and gradients enough; None if they could not, or need not."""
+        in_layers = sum(self.memory.get(kind, 0) for kind in _IN_LAYERS)
+        room = self.usable_memory - (self.peak_memory - in_layers)
+        return None if self.fits or room <= 0 else math.ceil(in_layers / room)
+
+
+def make_plan(config: RunConfig, mesh: jax.sharding.Mesh, hardware: Hardware, *, program: str = "train") -> Plan:
+    """Compiles a program for the devices of a mesh, present or absent, and counts what it needs.
+
+    Raises:
+      ValueError: an unknown program, or a network or batch that does not split over the mesh.
+    """
+    begin = time.monotonic()
+    is_for_gpu = mesh.devices.flat[0].platform != "cpu"
+    with device.lowering_for_hopper() if is_for_gpu else contextlib.nullcontext():
+        traced_program = programs.find(program)(config, mesh)
+        lowered = traced_program.traced.lower()
+    compilation = compile_program(lowered)
+    work = flops.count(
+        traced_program.traced,
+        num_devices=mesh.size,
+        dynamic_trips=traced_program.trips_of_equation,
+        expert_rows=traced_program.expert_rows,
+    )
+    trips = traced_program.trips_of_instruction(compilation.program)
+    collectives = traffic.collectives(
+        compilation.program, dict(mesh.shape), devices_per_host=hardware.devices_per_host, dynamic_trips=trips
+    )
+    memory_traffic = traffic.memory_bytes(compilation.program, trips)
+    peak = memory.peak(
+        compilation.compiled,
+        compilation.program,
+        compilation.assignment,
+        compilation.live_ranges,
+        weight_sizes=traced_program.weight_sizes,
+    )
+    needed = traced_program.needed_flops
+    return Plan(
+        program=program,
+        work=traced_program.work,
+        mesh=dict(mesh.shape),
+        hardware=hardware,
+        tokens=traced_program.tokens,
+        memory=peak.by_kind,
+        largest_buffers=peak.largest,
+        usable_memory=round((hardware.memory_gb - hardware.reserved_gb) * 1e9),
+        flops=work,
+        needed_flops=None if needed is None else needed / mesh.size,
+        memory_traffic=memory_traffic,
+        collectives=tuple(collectives),
+        busy_seconds=roofline.seconds(work, memory_traffic, collectives, hardware),
+        compile_seconds=time.monotonic() - begin,
+    )

@@ -1,0 +1,102 @@
+"""The programs that can be planned: traced for a mesh, with what each does once."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from dsv3_jax.config import RunConfig, override, require
+from dsv3_jax.model import param_specs, param_splits
+from dsv3_jax.plan import hlo
+from dsv3_jax.sharding.mesh import num_batch_shards
+from dsv3_jax.train.flops import train_flops_per_token
+from dsv3_jax.train.step import trace_train_step
+
+_STEP_SOURCE, _ROUNDS_SOURCE = "train/step.py", "sharding/expert_exchange.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced program and what its loops and weights amount to."""
+
+    name: str
+    traced: jax.stages.Traced
+    work: str  # what one run does, in words
+    tokens: int  # that one run computes, all devices together
+    needed_flops: float | None  # of all devices, by the usual count; None where there is none
+    expert_rows: int  # of one device's experts and pass when tokens spread evenly
+    num_passes: int  # that the loop over passes runs
+    weight_sizes: frozenset[int]  # elements of one device's part of every parameter, as stored and as computed with
+
+    def trips_of_equation(self, equation: Any) -> int:
+        """Returns how often a traced loop runs whose length depends on the data, when tokens spread evenly."""
+        frames = equation.source_info.traceback.frames if equation.source_info.traceback else ()
+        return self._trips(tuple(frame.file_name for frame in frames))
+
+    def trips_of_instruction(self, program: hlo.Program) -> Callable[[hlo.Instruction], int]:
+        """Returns the same for loops of the compiled program."""
+        return lambda instruction: self._trips(program.files(instruction))
+
+    def _trips(self, files: tuple[str, ...]) -> int:
+        """The source tells the loops apart: the exchange's further rounds, which even loads never need, and passes."""
+        if any(file.endswith(_ROUNDS_SOURCE) for file in files):
+            return 0
+        return self.num_passes if any(file.endswith(_STEP_SOURCE) for file in files[:1]) else 1
+
+
+def train(config: RunConfig, mesh: jax.sharding.Mesh) -> Program:
+    """Traces one optimizer step on the whole batch.
+
+    Without `train.microbatch_size`, a pass takes one sequence per device of the batch axes, and the batch is rounded up
+    to whole passes.
+    """
+    config = with_whole_passes(config, num_batch_shards(mesh))
+    recipe, length = config.train, config.data.sequence_length
+    own_tokens = recipe.rows_per_pass * length // (num_batch_shards(mesh) * mesh.shape["tensor"])
+    tokens = recipe.batch_size * length
+    return Program(
+        name="train",
+        traced=trace_train_step(config, mesh),
+        work=f"one step: {recipe.batch_size:,} sequences of {length:,} tokens in {recipe.max_passes:,} passes",
+        tokens=tokens,
+        needed_flops=tokens * train_flops_per_token(config.model, sequence_length=length),
+        expert_rows=own_tokens * config.model.num_experts_per_tok,
+        num_passes=recipe.max_passes,
+        weight_sizes=weight_sizes(config, mesh),
+    )
+
+
+def with_whole_passes(config: RunConfig, num_shards: int) -> RunConfig:
+    """Returns the configuration with a batch that does not grow, of passes that the devices share evenly."""
+    batch = {"train.batch_ramp_tokens": 0}
+    if not config.train.microbatch_size:
+        num_passes = -(-config.train.batch_size // num_shards)
+        batch |= {"train.microbatch_size": num_shards, "train.batch_size": num_passes * num_shards}
+    return override(config, batch)
+
+
+def weight_sizes(config: RunConfig, mesh: jax.sharding.Mesh) -> frozenset[int]:
+    """Returns the elements of one device's part of every parameter, as the master copy is kept and as computed with."""
+    specs = jax.tree.leaves(param_specs(config.model))
+    splits = jax.tree.leaves(param_splits(config.model, mesh))
+    sizes = set()
+    for spec, split in zip(specs, splits, strict=True):
+        for partition in (split.compute, split.master):
+            shape = jax.sharding.NamedSharding(mesh, partition).shard_shape(spec.shape)
+            sizes.add(math.prod(shape))
+    return frozenset(size for size in sizes if size > 1)
+
+
+PROGRAMS: dict[str, Callable[[RunConfig, jax.sharding.Mesh], Program]] = {"train": train}
+
+
+def find(name: str) -> Callable[[RunConfig, jax.sharding.Mesh], Program]:
+    """Returns the function that traces the named program.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    require(name in PROGRAMS, "--program", name, f"choose one of {', '.join(PROGRAMS)}")
+    return PROGRAMS[name]
