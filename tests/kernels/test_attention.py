@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.kernels import attention as op
-from dsv3_jax.kernels.attention import segments
+from dsv3_jax.kernels.attention import pallas_gpu, segments
 
 BF16_TOLERANCE = 6e-3  # relative norm: inputs of the second product and the result are each rounded to 8 bits
 
@@ -114,6 +114,12 @@ def test_kernel_names_what_it_cannot_run(shape, dtype, words):
         op.causal_attention(q, k, v, scale=1.0, implementation="pallas_gpu")
 
 
+def test_kernel_needs_a_hopper_gpu():
+    q, k, v, _ = make_operands(1, 128, 1, 128, 64, jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"needs a Hopper GPU.*default device is cpu"):
+        op.causal_attention(q, k, v, scale=1.0, implementation="pallas_gpu")
+
+
 def test_unknown_implementation_is_refused():
     q, k, v, _ = make_operands(1, 4, 1, 8, 8, jnp.float32)
     with pytest.raises(ValueError, match="implementation='flash'"):
@@ -134,10 +140,7 @@ def test_kernels_lower_for_cuda(width, value_width, has_segments):
     first_key_BT = jax.ShapeDtypeStruct((2, 4096), jnp.int32) if has_segments else None
 
     def value_and_gradients(q, k, v, first_key_BT):
-        attend = functools.partial(
-            op.causal_attention, first_key_BT=first_key_BT, scale=0.1, implementation="pallas_gpu"
-        )
-        out, vjp = jax.vjp(attend, q, k, v)
+        out, vjp = jax.vjp(lambda q, k, v: pallas_gpu.causal_attention(q, k, v, first_key_BT, 0.1), q, k, v)
         return out, vjp(out)
 
     exported = jax.export.export(jax.jit(value_and_gradients), platforms=["cuda"])(q, q, v, first_key_BT)
@@ -174,9 +177,9 @@ def test_kernels_in_the_interpreter(monkeypatch, has_segments):
     monkeypatch.setattr(blocks, "NUM_SMS", 2)
     batch, length, num_heads = (2, 384, 1) if has_segments else (1, 256, 2)
     operands = make_operands(batch, length, num_heads, 128, 64, jnp.bfloat16)
-    attend = functools.partial(op.causal_attention, scale=0.1, implementation="pallas_gpu")
     # The first row's first tile of keys is seen by the next tile in part, the second's by none.
     first_key_BT = first_keys([[100, 270], [3, 128, 320, 383]], length) if has_segments else None
+    attend = functools.partial(pallas_gpu.causal_attention, scale=0.1)
     assert_value_and_gradients_match(attend, operands, 0.1, BF16_TOLERANCE, first_key_BT)
 
 

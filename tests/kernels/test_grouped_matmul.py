@@ -87,6 +87,14 @@ def test_kernel_names_what_it_cannot_run(shape, dtype, alignment, words):
         op.grouped_matmul(x, w, jnp.ones(1, jnp.int32), alignment=alignment, implementation="pallas_gpu")
 
 
+def test_kernel_needs_a_hopper_gpu():
+    x, w = jnp.zeros((128, 64), jnp.bfloat16), jnp.zeros((1, 64, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"needs a Hopper GPU.*default device is cpu"):
+        op.grouped_matmul(x, w, jnp.ones(1, jnp.int32), alignment=128, implementation="pallas_gpu")
+    with pytest.raises(ValueError, match="needs a Hopper GPU"):
+        op.row_alignment(128, 1, implementation="pallas_gpu")
+
+
 def test_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="implementation='triton'"):
         op.row_alignment(8, 2, implementation="triton")

@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.kernels import device
+from dsv3_jax.kernels import dispatch
 from dsv3_jax.kernels.attention import cudnn, reference
 
-IMPLEMENTATIONS = ("reference", "pallas_gpu", "cudnn")
+IMPLEMENTATIONS = (*dispatch.IMPLEMENTATIONS, "cudnn")
 LENGTH_MULTIPLE, WIDTH_MULTIPLE = 128, 64  # tiles of the Hopper kernel
 
 
@@ -32,7 +32,7 @@ def causal_attention(
       [B, T, N, U] in the dtype of q; scores and softmax are float32.
 
     Raises:
-      ValueError: an unknown implementation, or operands that the named one does not support.
+      ValueError: an unknown implementation, or operands or a device that the named one does not support.
     """
     implementation = _choose(q_BTNX, v_BTNU, implementation)
     if implementation == "reference":
@@ -82,16 +82,13 @@ def _choose(q_BTNX: jax.Array, v_BTNU: jax.Array, implementation: str | None) ->
     """Returns the implementation that runs.
 
     Raises:
-      ValueError: it is unknown, or does not support the operands.
+      ValueError: it is unknown, or does not support the operands or the device.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation={implementation!r}: choose one of {IMPLEMENTATIONS} or None")
-    problem = _unsupported(q_BTNX, v_BTNU)
-    if implementation is None:
-        return "pallas_gpu" if device.is_hopper() and problem is None else "reference"
-    if implementation == "pallas_gpu" and problem is not None:
-        raise ValueError(f"implementation='pallas_gpu' cannot run {problem}; use implementation='reference'")
-    return implementation
+    if implementation == "cudnn":
+        return implementation
+    return "pallas_gpu" if dispatch.runs_pallas(implementation, _unsupported(q_BTNX, v_BTNU)) else "reference"
 
 
 def _unsupported(q_BTNX: jax.Array, v_BTNU: jax.Array) -> str | None:

@@ -9,7 +9,7 @@ whatever the number of groups, and the sizes live on the device: new sizes cause
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.kernels import device
+from dsv3_jax.kernels import dispatch
 from dsv3_jax.kernels.grouped_matmul import reference, tuned
 from dsv3_jax.kernels.grouped_matmul.fp8 import grouped_fp8_matmul, grouped_fp8_weight_gradient
 
@@ -22,8 +22,6 @@ __all__ = [
     "row_alignment",
 ]
 
-IMPLEMENTATIONS = ("reference", "pallas_gpu")
-
 
 def row_alignment(num_rows: int, num_groups: int, *, implementation: str | None = None) -> int:
     """Returns the multiple of rows at which every group must start.
@@ -32,9 +30,11 @@ def row_alignment(num_rows: int, num_groups: int, *, implementation: str | None 
       num_rows: rows over all groups.
       num_groups: groups that share them.
       implementation: as in `grouped_matmul`.
+
+    Raises:
+      ValueError: an unknown implementation, or one that cannot run here.
     """
-    _require_known(implementation)
-    if implementation == "pallas_gpu" or (implementation is None and device.is_hopper()):
+    if dispatch.runs_pallas(implementation, None):
         return tuned.ROW_ALIGNMENT
     return reference.row_alignment(num_rows, num_groups)
 
@@ -75,10 +75,9 @@ def grouped_matmul(
       [M, N] in the dtype of x, accumulated in float32.
 
     Raises:
-      ValueError: an unknown implementation, operands that do not fit together, or that the named implementation does
-        not support.
+      ValueError: an unknown implementation, operands that do not fit together, or what the named implementation does
+        not support: the operands or the device.
     """
-    _require_known(implementation)
     num_rows, contraction = x_MK.shape
     num_groups, w_contraction, _ = w_EKN.shape
     if contraction != w_contraction or group_sizes_E.shape != (num_groups,) or num_rows % alignment:
@@ -86,13 +85,8 @@ def grouped_matmul(
             f"x {x_MK.shape}, w {w_EKN.shape}, group_sizes {group_sizes_E.shape}, alignment {alignment}: "
             "need x [M, K], w [E, K, N], group_sizes [E] and M a multiple of the alignment"
         )
-    problem = _unsupported(x_MK, w_EKN, alignment)
-    if implementation is None:
-        implementation = "pallas_gpu" if device.is_hopper() and problem is None else "reference"
-    if implementation == "reference":
+    if not dispatch.runs_pallas(implementation, _unsupported(x_MK, w_EKN, alignment)):
         return reference.grouped_matmul(x_MK, w_EKN, group_sizes_E, alignment)
-    if problem is not None:
-        raise ValueError(f"implementation='pallas_gpu' cannot run {problem}; use implementation='reference'")
     from dsv3_jax.kernels.grouped_matmul import pallas_gpu  # loads Mosaic: seconds that a CPU process can save
 
     return pallas_gpu.grouped_matmul(x_MK, w_EKN, group_sizes_E)
@@ -108,8 +102,3 @@ def _unsupported(x_MK: jax.Array, w_EKN: jax.Array, alignment: int) -> str | Non
     if alignment % tuned.ROW_ALIGNMENT:
         return f"alignment={alignment}: must be a multiple of {tuned.ROW_ALIGNMENT}"
     return None
-
-
-def _require_known(implementation: str | None) -> None:
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={implementation!r}: choose one of {IMPLEMENTATIONS} or None")
