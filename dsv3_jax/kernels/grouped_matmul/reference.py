@@ -22,7 +22,7 @@ def row_alignment(num_rows: int, num_groups: int) -> int:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(x_MK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, alignment: int) -> jax.Array:
     """Multiplies each live block of rows with its group's matrix; [M, N] in x's dtype."""
-    group_of_block, numlive_blocks = live_blocks(group_sizes_E, alignment, x_MK.shape[0] // alignment)
+    group_of_block, num_live_blocks = live_blocks(group_sizes_E, alignment, x_MK.shape[0] // alignment)
 
     def multiply_block(block, y_MN):
         x_bK = _rows(x_MK, block, alignment)
@@ -30,7 +30,7 @@ def grouped_matmul(x_MK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, 
         return jax.lax.dynamic_update_slice_in_dim(y_MN, y_bN.astype(y_MN.dtype), block * alignment, 0)
 
     y_MN = jnp.zeros((x_MK.shape[0], w_EKN.shape[2]), x_MK.dtype)
-    return jax.lax.fori_loop(0, numlive_blocks, multiply_block, y_MN)
+    return jax.lax.fori_loop(0, num_live_blocks, multiply_block, y_MN)
 
 
 def _forward(x_MK, w_EKN, group_sizes_E, alignment):
@@ -39,7 +39,7 @@ def _forward(x_MK, w_EKN, group_sizes_E, alignment):
 
 def _backward(alignment, residuals, dy_MN):
     x_MK, w_EKN, group_sizes_E = residuals
-    group_of_block, numlive_blocks = live_blocks(group_sizes_E, alignment, x_MK.shape[0] // alignment)
+    group_of_block, num_live_blocks = live_blocks(group_sizes_E, alignment, x_MK.shape[0] // alignment)
 
     def differentiate_block(block, gradients):
         dx_MK, dw_EKN = gradients
@@ -52,7 +52,7 @@ def _backward(alignment, residuals, dy_MN):
         return dx_MK, dw_EKN.at[group].add(dw_KN)
 
     gradients = (jnp.zeros_like(x_MK), jnp.zeros(w_EKN.shape, jnp.float32))
-    dx_MK, dw_EKN = jax.lax.fori_loop(0, numlive_blocks, differentiate_block, gradients)
+    dx_MK, dw_EKN = jax.lax.fori_loop(0, num_live_blocks, differentiate_block, gradients)
     return dx_MK, dw_EKN.astype(w_EKN.dtype), None
 
 
