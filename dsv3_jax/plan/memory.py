@@ -61,18 +61,19 @@ def peak(
       live_ranges: its text on the life of every buffer.
       weight_sizes: elements of one device's part of every parameter, as stored and as computed with.
     """
-    allocations = _allocations(assignment)
-    moment, values = _fullest_moment(allocations, _lives(live_ranges))
+    allocations, lives = _allocations(assignment), _lives(live_ranges)
+    values = _fullest_moment(allocations, lives)
     values += [
         _Value(allocation.values[0].name, allocation.size, 0, allocation.values[0].type)
         for allocation in allocations
         if not allocation.is_arena and allocation.values
     ]
-    is_backward = moment >= _first_backward_moment(program, live_ranges)
+    forward_end = _forward_end(program, live_ranges)
     buffers = []
     for value in values:
         origin = _origin(program, *_split_name(value.name))
-        kind = _kind(program, origin, value.type, weight_sizes, is_backward)
+        outlives_forward = lives.get(value.name, (0, 0))[1] > forward_end
+        kind = _kind(program, origin, value.type, weight_sizes, outlives_forward)
         path = origin.op_name if origin.op_name else origin.name
         buffers.append(Buffer(value.name, kind, value.size, _plain(value.type), path))
     by_kind = dict.fromkeys(KINDS, 0)
@@ -134,14 +135,16 @@ def _lives(live_ranges: str) -> dict[str, tuple[int, int]]:
     return {_join_name(name, index): (int(start), int(end)) for name, index, start, end in found}
 
 
-def _first_backward_moment(program: Program, live_ranges: str) -> float:
-    sequence = re.findall(r"^    (\d+):(\S+)$", live_ranges, re.MULTILINE)
-    return min((int(moment) for moment, name in sequence if _is_backward(program.instructions.get(name))),
-               default=math.inf)  # fmt: skip
+def _forward_end(program: Program, live_ranges: str) -> float:
+    """Returns the moment when the last loop of the forward pass is over; without loops, its last instruction."""
+    moments = {name: int(moment) for moment, name in re.findall(r"^    (\d+):(\S+)$", live_ranges, re.MULTILINE)}
+    forward = [name for name in moments if name in program.instructions and _is_forward(program.instructions[name])]
+    loops = [name for name in forward if program.instructions[name].opcode == "while"]
+    return max((moments[name] for name in loops or forward), default=math.inf)
 
 
-def _fullest_moment(allocations: list[_Allocation], lives: dict[str, tuple[int, int]]) -> tuple[int, list[_Value]]:
-    """Returns the moment when buffers fill most of the arena, and which do; one of those in the same place."""
+def _fullest_moment(allocations: list[_Allocation], lives: dict[str, tuple[int, int]]) -> list[_Value]:
+    """Returns the buffers that fill most of the arena at one moment; of those in the same place one."""
     known = [
         (*lives[value.name], value)
         for allocation in allocations
@@ -149,12 +152,12 @@ def _fullest_moment(allocations: list[_Allocation], lives: dict[str, tuple[int, 
         for value in allocation.values
         if value.name in lives
     ]
-    moment, fullest = 0, []
+    fullest = []
     for now in sorted({start for start, _, _ in known}):
         alive = _without_overlap([value for start, end, value in known if start <= now <= end])
         if sum(value.size for value in alive) > sum(value.size for value in fullest):
-            moment, fullest = now, alive
-    return moment, fullest
+            fullest = alive
+    return fullest
 
 
 def _without_overlap(values: list[_Value]) -> list[_Value]:
@@ -177,7 +180,9 @@ def _join_name(instruction: str, index: str) -> str:
     return f"{instruction}{{{index}}}" if index else instruction
 
 
-def _kind(program: Program, origin: Instruction, type_: str, weight_sizes: frozenset[int], is_backward: bool) -> str:
+def _kind(
+    program: Program, origin: Instruction, type_: str, weight_sizes: frozenset[int], outlives_forward: bool
+) -> str:
     """Returns the kind of a buffer of the given type that an instruction fills."""
     if origin.opcode == "parameter" and program.computation_of[origin.name] == program.entry:
         return next((kind for prefix, kind in _ARGUMENTS.items() if origin.op_name.startswith(prefix)), INPUTS)
@@ -190,16 +195,19 @@ def _kind(program: Program, origin: Instruction, type_: str, weight_sizes: froze
         return GRADIENTS
     if not differentiated and any(file.endswith(_WEIGHT_SOURCES) for file in files):
         return WEIGHTS
-    is_forward = differentiated and not _is_backward(origin)
-    if is_forward and (is_backward or _updates_in_place(program, origin)):
+    if _is_forward(origin) and (outlives_forward or _updates_in_place(program, origin)):
         return KEPT
     if any(file.endswith(_EXCHANGE_SOURCES) for file in files):
         return EXCHANGE
     return TEMPORARIES
 
 
-def _is_backward(instruction: Instruction | None) -> bool:
-    return instruction is not None and "transpose(" in instruction.op_name
+def _is_forward(instruction: Instruction) -> bool:
+    return "jvp(" in instruction.op_name and not _is_backward(instruction)
+
+
+def _is_backward(instruction: Instruction) -> bool:
+    return "transpose(" in instruction.op_name
 
 
 def _updates_in_place(program: Program, instruction: Instruction) -> bool:
