@@ -7,9 +7,9 @@ float32, rounded to the activations' dtype to travel.
 
 A hop is one `all_to_all` of packed rows, which hold the payload, the token's experts and their gate weights, in buffers
 whose sizes `exchange_plan.Capacity` fixes; where these have room for every row in every destination, an `all_gather`
-brings the same bytes without arranging them first. What finds no room in the first round travels in further ones, as many
-as the devices agree that they need. Only the first round's activations are kept for the backward pass, which sends the
-tokens of further rounds again, so that memory does not depend on the routing.
+brings the same bytes without arranging them first. What finds no room in the first round travels in further ones, as
+many as the devices agree that they need. Only the first round's activations are kept for the backward pass, which sends
+the tokens of further rounds again, so that memory does not depend on the routing.
 """
 
 import dataclasses

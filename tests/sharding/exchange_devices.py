@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.sharding import row_packing
-from dsv3_jax.sharding.expert_exchange import ExpertFunctions, plan_capacity, serve
+from dsv3_jax.sharding.expert_exchange import Capacity, ExpertFunctions, plan_capacity, serve
 from dsv3_jax.sharding.mesh import AXES, EXPERT_AXES, make_mesh
 from dsv3_jax.testing.tolerances import assert_close
 
@@ -155,7 +155,7 @@ def assert_all_close(actual, expected, tolerance: float, name: str):
         jax.tree.map(compare, tree, expected_tree)
 
 
-def check_routings(axes: dict[str, int], factor: float, dtype=jnp.float32):
+def check_routings(axes: dict[str, int], factor: float, dtype=jnp.float32) -> Capacity:
     """Every routing gives the outputs and gradients of dense experts, and all run one compiled program."""
     exchange = Exchange(axes, factor)
     x_TD, weights_TK, params, cotangent_TD = draw_problem(exchange.num_tokens, dtype)
@@ -168,20 +168,24 @@ def check_routings(axes: dict[str, int], factor: float, dtype=jnp.float32):
         tolerance = FLOAT32 if dtype == jnp.float32 else BFLOAT16
         assert_all_close(actual, run_dense(*operands), tolerance, f"{exchange.name} {name}")
     assert run._cache_size() == 1, "compiled anew for another routing"
+    return exchange.capacity
 
 
 def check_each_axis_alone():
     for axes in ({"gpu": 2}, {"gpu": 4}, {"node": 2}, {"node": 4}, {"tensor": 4}):
         check_routings(axes, 0.6)
-    check_routings({"gpu": 2}, 1.25)  # rows have room everywhere, choices have not
-    check_routings({"node": 2}, 1.25)
+    for axes in ({"gpu": 2}, {"node": 2}):
+        only_rows = check_routings(axes, 1.25)
+        assert only_rows.goes_to_every_node and only_rows.goes_to_every_device and not only_rows.is_always_enough
 
 
 def check_axes_together():
     for axes in ({"node": 2, "gpu": 2, "tensor": 2}, {"node": 4, "gpu": 2}, {"replica": 2, "node": 2, "gpu": 4}):
         check_routings(axes, 0.6)
-    check_routings({"node": 2, "gpu": 2}, 100.0)  # room for everything: no further rounds
-    check_routings({"node": 2, "gpu": 4}, 0.9)  # all rows to every node, not to every device
+    everything = check_routings({"node": 2, "gpu": 2}, 100.0)
+    assert everything.is_always_enough
+    only_nodes = check_routings({"node": 2, "gpu": 4}, 0.99)
+    assert only_nodes.goes_to_every_node and not only_nodes.goes_to_every_device
 
 
 def check_sixteen_devices():
