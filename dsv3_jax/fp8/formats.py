@@ -27,6 +27,7 @@ MIN_AMAX = 1e-4  # of the published quantizers with float32 scales: zeros get a 
 SCALE_FORMATS = ("power_of_two", "float32")
 
 _FLOAT32_BIAS, _FLOAT32_MANTISSA_BITS = 127, 23
+_ABOVE_INFINITY = 0xFFFFFF  # bits of a float32 infinity, shifted by the sign, to the largest integer
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("codes", "scales"), meta_fields=("tile",))
@@ -160,7 +161,9 @@ def encode_e5m6(x_RK: jax.Array) -> E5M6Array:
     high_RK = _e5m6_codes(scaled_RK) >> 4
     low_RJ, upper_RJ = (_e5m6_codes(scaled_RK[..., part]) & 15 for part in (slice(half), slice(half, columns)))
     low_RJ |= jnp.pad(upper_RJ, _pad_widths(x_RK.ndim, -1, 2 * half - columns)) << 4
-    return E5M6Array(high_RK.astype(jnp.uint8), low_RJ.astype(jnp.uint8), jnp.swapaxes(scales_Rk, -1, -2))
+    encoded = E5M6Array(high_RK.astype(jnp.uint8), low_RJ.astype(jnp.uint8), jnp.swapaxes(scales_Rk, -1, -2))
+    # Without the barrier XLA keeps wider steps of the computation, from which decoding begins, instead of the result.
+    return jax.lax.optimization_barrier(encoded)
 
 
 @jax.jit
@@ -171,12 +174,6 @@ def decode_e5m6(encoded: E5M6Array) -> jax.Array:
     bits_RK = encoded.high.astype(jnp.uint16) << 8 | nibbles_RK.astype(jnp.uint16) << 4
     values_RK = jax.lax.bitcast_convert_type(bits_RK, jnp.float16).astype(jnp.float32)
     return _scale_rows(values_RK, encoded.scales)
-
-
-@jax.jit
-def e5m6_to_columns(encoded: E5M6Array) -> QuantizedArray:
-    """Converts E5M6 [..., R, K] to row-quantized E4M3 [..., K, R], rounding once."""
-    return quantize_columns(decode_e5m6(encoded))
 
 
 def power_of_two_scales(
@@ -255,8 +252,15 @@ def _quantize_tiles(tiles: jax.Array, dim: int, scale_format: str) -> tuple[jax.
 
 
 def _amax(tiles: jax.Array, dim: int) -> jax.Array:
-    """Returns the largest magnitude along a dimension, leaving NaN out."""
-    return jnp.where(jnp.isnan(tiles), 0.0, jnp.abs(tiles)).max(axis=dim)
+    """Returns the largest magnitude along a dimension, leaving NaN out.
+
+    Magnitudes order like their bits without the sign. Adding what the bits of infinity lack to the largest integer
+    makes NaN wrap around to less than zero's. A choice between values and a constant would be less: under
+    differentiation a scan computes the constant's broadcast once, and every layer reads it from memory.
+    """
+    ordered = jax.lax.bitcast_convert_type(tiles, jnp.uint32) * 2 + _ABOVE_INFINITY
+    largest = jnp.maximum(ordered.max(axis=dim), _ABOVE_INFINITY) - _ABOVE_INFINITY
+    return jax.lax.bitcast_convert_type(largest >> 1, jnp.float32)
 
 
 def _divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
@@ -286,8 +290,8 @@ def _e5m6_codes(x: jax.Array) -> jax.Array:
     normal = rounded - (_FLOAT32_BIAS - 15 << 6)
     # Subnormals are multiples of 2^-20, the spacing of float32 from 8 to 16: adding 8 rounds to them.
     subnormal = jax.lax.bitcast_convert_type(jnp.abs(x) + 8.0, jnp.uint32) - int(np.float32(8).view(np.uint32))
-    code = jnp.where(jnp.abs(x) < 2.0**-14, subnormal, normal)
-    return jnp.where(jnp.isnan(x), 0x7FF, code) | bits >> 31 << 11
+    code = jnp.minimum(jnp.where(jnp.abs(x) < 2.0**-14, subnormal, normal), 0x7FF)  # what NaN gives is larger
+    return code | bits >> 31 << 11
 
 
 def _scale_rows(values_RK: jax.Array, scales_kR: jax.Array) -> jax.Array:
