@@ -14,8 +14,7 @@ from dsv3_jax.benchmarks.replays import Operation, Program, compile_all, copies,
 from dsv3_jax.benchmarks.report import Row
 from dsv3_jax.benchmarks.timing import burst_medians, steady_medians
 
-FP8_PEAK = 1979e12  # dense FLOP/s of an H100 SXM or H200 (data sheet)
-BF16_PEAK = 989e12
+FP8_PEAK, BF16_PEAK = 1979e12, 989e12  # dense FLOP/s of an H100 SXM or H200 (data sheet)
 MEMORY_RATE = 4.8e12  # bytes/s of an H200 (data sheet)
 MODES = {"burst": burst_medians, "steady": steady_medians}
 GEOMETRIC_MEAN = "geometric mean"

@@ -5,11 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.benchmarks.contests import BF16_PEAK
 from dsv3_jax.benchmarks.report import Row
 from dsv3_jax.benchmarks.timing import Contender, burst_medians
 from dsv3_jax.kernels import attention, grouped_matmul
 
-PEAK_FLOPS = 989e12  # dense BF16 of an H100 SXM or H200, per second (data sheet)
 GROUPED_CASES = [(8, 4096, 7168, 4096), (8, 4096, 2048, 7168), (32, 1024, 7168, 4096), (32, 1024, 2048, 7168)]
 ATTENTION_SHAPE = {"batch": 2, "length": 4096, "num_heads": 128, "width": 192, "value_width": 128}
 
@@ -49,7 +49,7 @@ def attention_rows(*, with_torch: bool) -> list[Row]:
 
 def _rows(case: str, flops: float, seconds: dict[str, float], *, peer: str) -> list[Row]:
     return [
-        {"case": case, "implementation": name, "ms": value * 1e3, "floor ms": flops / PEAK_FLOPS * 1e3,
+        {"case": case, "implementation": name, "ms": value * 1e3, "floor ms": flops / BF16_PEAK * 1e3,
          "TFLOP/s": flops / value / 1e12, f"of {peer}": seconds[peer] / value if peer in seconds else None}
         for name, value in seconds.items()
     ]  # fmt: skip
