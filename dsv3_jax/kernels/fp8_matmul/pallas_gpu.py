@@ -28,7 +28,7 @@ def fp8_matmul(
     (num_rows, contraction), num_columns = a.codes.shape, b.codes.shape[0]
     if tile is None:
         has_few_rows = num_rows <= MAX_ROWS and b.tile == "block"
-        tile = tuned.few_rows(num_rows, *b.codes.shape) if has_few_rows else tuned.fp8_matmul(out_dtype)
+        tile = tuned.few_rows(*b.codes.shape) if has_few_rows else tuned.fp8_matmul(out_dtype)
     out_type = jax.ShapeDtypeStruct((num_rows, num_columns), out_dtype)
     if isinstance(tile, tuned.FewRowsTile):
         return few_rows_matmul(a, b, out_type=out_type, tile=tile)

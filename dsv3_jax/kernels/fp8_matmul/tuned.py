@@ -1,4 +1,4 @@
-"""Tile shapes of the Hopper FP8 products, chosen by measurement on one H200 (`launch/tune.py` repeats it)."""
+"""Tile shapes of the Hopper FP8 products; `launch/tune.py` measures others beside them."""
 
 import dataclasses
 from typing import Any
@@ -25,8 +25,11 @@ def fp8_matmul(out_dtype: Any) -> Tile:
     return Tile() if jnp.dtype(out_dtype).itemsize == 2 else Tile(store_columns=32, store_slots=2)
 
 
-def few_rows(num_rows: int, columns: int, contraction: int) -> FewRowsTile:
-    """Returns the tile for at most 128 rows times the transpose of [columns, contraction] weights."""
+def few_rows(columns: int, contraction: int) -> FewRowsTile:
+    """Returns the tile for at most 128 rows times the transpose of [columns, contraction] weights.
+
+    Narrow where wider tiles would leave multiprocessors without one and the contraction is long enough to share.
+    """
     narrow = columns < 64 * NUM_SMS and contraction >= 4096
     if narrow:
         return FewRowsTile(columns=32 if columns >= 4096 else 16, warpgroups=4, stages=8)

@@ -1,4 +1,4 @@
-"""Tile shapes of the grouped FP8 products, chosen by measurement on one H200 (`launch/tune.py` repeats it)."""
+"""Tile shapes of the grouped FP8 products; `launch/tune.py` measures others beside them."""
 
 from typing import Any
 
