@@ -115,10 +115,10 @@ FENCED_FLOAT32 = Tile(warpgroups=2, stages=2, store_columns=32, store_slots=2, f
 @pytest.mark.parametrize(
     ("shape", "b_tile", "out_dtype", "tile"),
     [
-        ((200, 144, 320), "block", jnp.bfloat16, FENCED),
+        ((200, 141, 319), "block", jnp.bfloat16, FENCED),
         ((130, 400, 272), "block", jnp.bfloat16, Tile(warpgroups=2, stages=2, cluster=2, fence=True)),
-        ((130, 160, 272), "row", jnp.float32, FENCED_FLOAT32),
-        ((70, 100, 400), "block", jnp.bfloat16, FewRowsTile(columns=64, warpgroups=2, stages=4, fence=True)),
+        ((131, 157, 270), "row", jnp.float32, FENCED_FLOAT32),
+        ((69, 99, 391), "block", jnp.bfloat16, FewRowsTile(columns=64, warpgroups=2, stages=4, fence=True)),
     ],
 )
 def test_dense_kernels_in_the_interpreter_without_races(interpreter, shape, b_tile, out_dtype, tile):
@@ -129,7 +129,7 @@ def test_dense_kernels_in_the_interpreter_without_races(interpreter, shape, b_ti
 
 def test_grouped_kernels_in_the_interpreter_without_races(interpreter):
     sizes = (130, 0, 5)
-    drawn = grouped_operands(sizes, 192, 256)
+    drawn = grouped_operands(sizes, 190, 250)
     operands = (drawn.rows, drawn.weights, drawn.sizes_E)
     actual = grouped.grouped_fp8_matmul(*operands, alignment=128, tile=FENCED)
     expected = grouped_reference.grouped_fp8_matmul(*operands, alignment=128, out_dtype=jnp.bfloat16)
@@ -150,7 +150,9 @@ def test_partial_tiles_leave_stores_under_way_alone(interpreter, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(1, 16, 16), (7, 580, 1552), (129, 2116, 7184), (200, 144, 320), (4096, 2112, 7168)])
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 16), (33, 37, 7), (7, 580, 1552), (129, 2116, 7184), (200, 144, 320), (4096, 2112, 7168)]
+)
 @pytest.mark.parametrize(("b_tile", "out_dtype"), [("block", jnp.bfloat16), ("row", jnp.float32)])
 @pytest.mark.parametrize("spread", [0, 20])
 def test_dense_kernels_on_hopper(shape, b_tile, out_dtype, spread):
@@ -161,8 +163,9 @@ def test_dense_kernels_on_hopper(shape, b_tile, out_dtype, spread):
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [(130, 0, 5, 1000), (0, 0, 2000), (1,) * 32, (0, 0), (128, 128, 384)])
 @pytest.mark.parametrize("spread", [0, 20])
-def test_grouped_kernels_on_hopper(sizes, spread):
-    drawn = grouped_operands(sizes, 576, 720, spread=spread)
+@pytest.mark.parametrize("widths", [(576, 720), (37, 45)])
+def test_grouped_kernels_on_hopper(sizes, widths, spread):
+    drawn = grouped_operands(sizes, *widths, spread=spread)
     y_MC = grouped.grouped_fp8_matmul(drawn.rows, drawn.weights, drawn.sizes_E, alignment=128)
     dw_EKC = grouped.grouped_fp8_weight_gradient(drawn.columns, drawn.dy_columns, drawn.sizes_E, alignment=128)
     rows, weights, columns, dy_columns = map(widen, drawn[:4])

@@ -137,9 +137,6 @@ def test_bad_settings_are_named():
         op.fp8_matmul(A, B, implementation="cublas")
     with pytest.raises(ValueError, match=r"needs a Hopper GPU.*default device is cpu"):
         op.fp8_matmul(A, B, implementation="pallas_gpu")
-    narrow_a, narrow_b = (formats.quantize_rows(jnp.zeros((rows, 24))) for rows in (16, 32))
-    with pytest.raises(ValueError, match="K=24: must be a positive multiple of 16"):
-        op.fp8_matmul(narrow_a, narrow_b, implementation="pallas_gpu")
     with pytest.raises(ValueError, match=r"an empty product of a \(0, 256\)"):
         op.fp8_matmul(formats.quantize_rows(jnp.zeros((0, 256))), B, implementation="pallas_gpu")
 

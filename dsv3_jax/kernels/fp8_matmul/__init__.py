@@ -14,7 +14,6 @@ from dsv3_jax.fp8.formats import QuantizedArray, require_quantized
 from dsv3_jax.kernels import dispatch
 from dsv3_jax.kernels.fp8_matmul import reference
 
-CONTRACTION_MULTIPLE = 16  # of the Hopper kernel: rows of codes start at multiples of 16 bytes
 OUT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -27,8 +26,8 @@ def fp8_matmul(
       a: row-quantized [R, K].
       b: [C, K], block-quantized (weights: the product and the input gradient) or row-quantized (the weight gradient).
       out_dtype: bfloat16, float16 or float32.
-      implementation: "pallas_gpu" (Hopper; K a multiple of 16) or "reference". None picks pallas_gpu on a Hopper GPU
-        for operands it supports, else the reference; a named one runs or raises.
+      implementation: "pallas_gpu" (Hopper; no empty product) or "reference". None picks pallas_gpu on a Hopper GPU for
+        operands it supports, else the reference; a named one runs or raises.
 
     Returns:
       [R, C], accumulated in float32 and rounded once.
@@ -41,10 +40,7 @@ def fp8_matmul(
     require_quantized(b, "b", ndim=2)
     require_same_contraction(a, b)
     require_out_dtype(out_dtype)
-    problem = contraction_problem(a)
-    if not (a.codes.shape[0] and b.codes.shape[0]):
-        problem = f"an empty product of a {a.codes.shape} and b {b.codes.shape}"
-    if not dispatch.runs_pallas(implementation, problem):
+    if not dispatch.runs_pallas(implementation, empty_problem(a, b)):
         return reference.fp8_matmul(a, b, out_dtype=out_dtype)
     from dsv3_jax.kernels.fp8_matmul import pallas_gpu  # loads Mosaic: seconds that a CPU process can save
 
@@ -66,9 +62,8 @@ def require_out_dtype(out_dtype: Any) -> None:
         raise ValueError(f"out_dtype={jnp.dtype(out_dtype)}: choose bfloat16, float16 or float32")
 
 
-def contraction_problem(a: QuantizedArray) -> str | None:
-    """Names what about the contracted dimension the Hopper kernels cannot run, or returns None."""
-    contraction = a.codes.shape[-1]
-    if contraction % CONTRACTION_MULTIPLE or not contraction:
-        return f"K={contraction}: must be a positive multiple of {CONTRACTION_MULTIPLE}"
+def empty_problem(a: QuantizedArray, b: QuantizedArray) -> str | None:
+    """Names what the Hopper kernels, which pad all sizes but zero, cannot run of a product, or returns None."""
+    if 0 in a.codes.shape + b.codes.shape:
+        return f"an empty product of a {a.codes.shape} and b {b.codes.shape}"
     return None

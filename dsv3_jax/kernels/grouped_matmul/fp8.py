@@ -9,8 +9,6 @@ from dsv3_jax.fp8.formats import TILE, QuantizedArray, require_quantized
 from dsv3_jax.kernels import dispatch, fp8_matmul
 from dsv3_jax.kernels.grouped_matmul import reference_fp8
 
-WIDTH_MULTIPLE = 16  # of the Hopper kernels: rows of results and lines of scales start at multiples of 16 bytes
-
 
 def grouped_fp8_matmul(
     a: QuantizedArray,
@@ -29,8 +27,8 @@ def grouped_fp8_matmul(
       group_sizes_E: int32 rows per group; empty groups are allowed.
       alignment: what the layout was made with, a multiple of 128.
       out_dtype: bfloat16, float16 or float32.
-      implementation: "pallas_gpu" (Hopper; K and C multiples of 16) or "reference". None picks pallas_gpu on a Hopper
-        GPU for operands it supports, else the reference; a named one runs or raises.
+      implementation: "pallas_gpu" (Hopper; no empty product) or "reference". None picks pallas_gpu on a Hopper GPU for
+        operands it supports, else the reference; a named one runs or raises.
 
     Returns:
       [M, C], accumulated in float32 and rounded once.
@@ -46,8 +44,7 @@ def grouped_fp8_matmul(
     _require_groups(group_sizes_E, alignment, num_rows=a.codes.shape[0])
     if group_sizes_E.shape[0] != b.codes.shape[0]:
         raise ValueError(f"group_sizes {group_sizes_E.shape} for {b.codes.shape[0]} matrices b: need one size each")
-    problem = fp8_matmul.contraction_problem(a) or _width_problem(b)
-    if not dispatch.runs_pallas(implementation, problem):
+    if not dispatch.runs_pallas(implementation, fp8_matmul.empty_problem(a, b)):
         return reference_fp8.grouped_fp8_matmul(a, b, group_sizes_E, alignment=alignment, out_dtype=out_dtype)
     from dsv3_jax.kernels.grouped_matmul import pallas_gpu_fp8  # loads Mosaic: seconds that a CPU process can save
 
@@ -71,7 +68,7 @@ def grouped_fp8_weight_gradient(
       group_sizes_E: int32 rows per group; empty groups are allowed.
       alignment: what the layout was made with, a multiple of 128.
       out_dtype: bfloat16, float16 or float32.
-      implementation: as in `grouped_fp8_matmul`; pallas_gpu needs C1 and C2 to be multiples of 16.
+      implementation: as in `grouped_fp8_matmul`.
 
     Returns:
       [E, C1, C2], accumulated in float32; zero for an empty group.
@@ -84,8 +81,7 @@ def grouped_fp8_weight_gradient(
     fp8_matmul.require_same_contraction(a, b)
     fp8_matmul.require_out_dtype(out_dtype)
     _require_groups(group_sizes_E, alignment, num_rows=a.codes.shape[1])
-    problem = fp8_matmul.contraction_problem(a) or _width_problem(a) or _width_problem(b)
-    if not dispatch.runs_pallas(implementation, problem):
+    if not dispatch.runs_pallas(implementation, fp8_matmul.empty_problem(a, b)):
         return reference_fp8.grouped_fp8_weight_gradient(a, b, group_sizes_E, alignment=alignment, out_dtype=out_dtype)
     from dsv3_jax.kernels.grouped_matmul import pallas_gpu_fp8  # loads Mosaic: seconds that a CPU process can save
 
@@ -99,11 +95,3 @@ def _require_groups(group_sizes_E: jax.Array, alignment: int, *, num_rows: int) 
         raise ValueError(f"M={num_rows}: must be a multiple of alignment={alignment} (padded_rows says how many)")
     if group_sizes_E.ndim != 1 or not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
         raise ValueError(f"group_sizes {group_sizes_E.dtype}{group_sizes_E.shape}: need int32 [E]")
-
-
-def _width_problem(operand: QuantizedArray) -> str | None:
-    """Names what about the dimension that an operand gives the result the Hopper kernels cannot run, or None."""
-    width = operand.codes.shape[-2]
-    if width % WIDTH_MULTIPLE or not width:
-        return f"an operand {operand.codes.shape}: its last but one dimension must be a positive multiple of 16"
-    return None
