@@ -7,6 +7,7 @@ them does not depend on the runner or on the number of workers.
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -97,19 +98,16 @@ class ProcessRunner:
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Generator[Any, None, None]:
         """See `Runner.map`."""
-        in_flight = collections.deque()
+
+        def drop(futures):
+            concurrent.futures.wait([future for future in futures if not future.cancel()])
+
+        start, finish = functools.partial(self._pool.submit, function), concurrent.futures.Future.result
         try:
-            for item in items:
-                in_flight.append(self._pool.submit(function, item))
-                if len(in_flight) == ITEMS_PER_WORKER * self._num_workers:
-                    yield in_flight.popleft().result()
-            while in_flight:
-                yield in_flight.popleft().result()
+            yield from _in_order(items, start=start, finish=finish, drop=drop, num_workers=self._num_workers)
         except concurrent.futures.process.BrokenProcessPool as error:
             raise ValueError(f"workers={self._num_workers}: one was killed, perhaps for want of memory; start again to "
                              "continue, with fewer workers if it recurs") from error  # fmt: skip
-        finally:
-            concurrent.futures.wait([future for future in in_flight if not future.cancel()])
 
 
 def _begin_worker() -> None:
@@ -133,24 +131,45 @@ class RayRunner:
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Generator[Any, None, None]:
         """See `Runner.map`. A task whose node is lost is repeated on another."""
         ray = importlib.import_module("ray")
-        remote = ray.remote(num_cpus=1)(function)
-        in_flight = collections.deque()
+        start = ray.remote(num_cpus=1)(function).remote
+
+        def drop(references):
+            for reference in references:
+                ray.cancel(reference)
+            if references:
+                ray.wait(references, num_returns=len(references))
+
         try:
-            for item in items:
-                in_flight.append(remote.remote(item))
-                if len(in_flight) == ITEMS_PER_WORKER * self._num_workers:
-                    yield ray.get(in_flight.popleft())
-            while in_flight:
-                yield ray.get(in_flight.popleft())
+            yield from _in_order(items, start=start, finish=ray.get, drop=drop, num_workers=self._num_workers)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except ray.exceptions.WorkerCrashedError as error:
             raise ValueError(f"runner='ray': a worker was killed, perhaps for want of memory ({error}); start again to "
                              "continue") from error  # fmt: skip
-        finally:
-            for reference in in_flight:
-                ray.cancel(reference)
-            ray.wait(list(in_flight), num_returns=len(in_flight)) if in_flight else None
+
+
+def _in_order(
+    items: Iterable[Any], *, start: Callable, finish: Callable, drop: Callable, num_workers: int
+) -> Generator[Any, None, None]:
+    """Yields the result of every item in their order, with few of them in flight.
+
+    Args:
+      items: what is worked on; looked at when there is room for another.
+      start: item -> work that is under way.
+      finish: such work -> its result, waited for.
+      drop: list of such work that is not wanted any more, of which nothing must run afterwards.
+      num_workers: items that can be worked on at a time.
+    """
+    in_flight = collections.deque()
+    try:
+        for item in items:
+            in_flight.append(start(item))
+            if len(in_flight) == ITEMS_PER_WORKER * num_workers:
+                yield finish(in_flight.popleft())
+        while in_flight:
+            yield finish(in_flight.popleft())
+    finally:
+        drop(list(in_flight))
 
 
 @contextlib.contextmanager
