@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,11 +15,10 @@ import jaxlib
 from jax._src import clusters  # JAX offers its detection of clusters through jax.distributed.initialize alone
 
 from dsv3_jax.config import require
-from dsv3_jax.sharding.roll_call import Member, Roll
+from dsv3_jax.sharding.roll_call import LAST_SECONDS, Member, Roll
 
 CLUSTERS = {"SLURM_STEP_NUM_TASKS": clusters.SlurmCluster, "OMPI_COMM_WORLD_SIZE": clusters.OmpiCluster}
 MISSING_PLACE = "give --coordinator_address, --num_processes and --process_id to every process"
-LAST_SECONDS = 5.0  # a failed process ends after these, even when a thread of it waits for the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +132,9 @@ def join(place: Place | None, *, join_timeout_s: float, heartbeat_timeout_s: flo
     if place is None:
         yield ALONE
         return
-    if place.process_id == 0:
-        Roll(place.coordinator_address, place.num_processes, timeout_s=join_timeout_s)
-    member = Member(place.coordinator_address, place.num_processes, place.process_id, timeout_s=join_timeout_s)
+    numbers = (place.coordinator_address, place.num_processes)
+    roll = Roll(*numbers, timeout_s=join_timeout_s) if place.process_id == 0 else None
+    member = Member(*numbers, place.process_id, timeout_s=join_timeout_s, roll=roll)
     try:
         jax_address = member.start()
         member.require_agreement(_versions())
@@ -150,20 +148,14 @@ def join(place: Place | None, *, join_timeout_s: float, heartbeat_timeout_s: flo
         member.finish()
     except BaseException as error:
         member.fail(str(error) or type(error).__name__)
-        _exit_without_the_others()
+        _end_without_the_others(member)
         raise
 
 
-def _exit_without_the_others() -> None:
-    """Makes the end of this process wait for no other, as the end of JAX and of a checkpoint's threads would."""
-
-    def leave() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-
-    atexit.register(leave)  # runs before what was registered earlier
-    timer = threading.Timer(LAST_SECONDS, leave)
+def _end_without_the_others(member: Member) -> None:
+    """Makes the end of this process wait for no collective, as the end of JAX and of a checkpoint's threads would."""
+    atexit.register(member.leave)  # runs before what was registered earlier
+    timer = threading.Timer(LAST_SECONDS, member.leave)
     timer.daemon = True
     timer.start()
 

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 MAX_LINE_BYTES = 2**24
 RETRY_SECONDS = 0.2
 GRACE_SECONDS = 1.0  # a lost process breaks the collectives of all; for so long they wait to hear whose fault it was
+LAST_SECONDS = 5.0  # a failed process has ended after these, whoever else has not
 KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a machine without power is noticed after 40 s
 
 
@@ -44,7 +45,9 @@ class Roll:
         self._names: dict[int, str] = {}
         self._facts: dict[int, dict] = {}
         self._done: set[int] = set()
+        self._left: set[int] = set()
         self._is_over = False
+        self._is_alone = threading.Event()
         port = int(coordinator_address.rpartition(":")[2])
         try:
             self._socket = _open_port(port)
@@ -52,6 +55,13 @@ class Roll:
             raise OSError(error.errno, f"coordinator_address={coordinator_address!r}: process 0 cannot listen on port "
                           f"{port} of this machine ({error.strerror}); choose another port") from error  # fmt: skip
         threading.Thread(target=asyncio.run, args=(self._serve(),), name="roll", daemon=True).start()
+
+    def wait_until_alone(self, timeout_s: float) -> None:
+        """Returns once the processes that came have left again, or after the timeout.
+
+        Process 0 ends last: with it ends JAX's service, and whoever is still there is aborted before its last words.
+        """
+        self._is_alone.wait(timeout_s)
 
     async def _serve(self) -> None:
         server = await asyncio.start_server(self._attend, sock=self._socket, limit=MAX_LINE_BYTES)
@@ -84,6 +94,9 @@ class Roll:
                 self._hear(process, _parse(line))
         if process not in self._done:
             self._stop(f"{name} is gone: it was killed, or crashed; see its own output")
+        self._left.add(process)
+        if self._members.keys() - self._left <= {0}:
+            self._is_alone.set()
 
     def _hear(self, process: int, message: dict) -> None:
         if message["kind"] == "facts":
@@ -125,13 +138,15 @@ class Roll:
 
 
 class Member:
-    """One process's connection to the roll.
+    """One process's connection to the roll, which process 0 itself keeps.
 
     Raises:
       OSError: process 0 cannot be reached.
     """
 
-    def __init__(self, coordinator_address: str, num_processes: int, process_id: int, *, timeout_s: float):
+    def __init__(self, coordinator_address: str, num_processes: int, process_id: int, *, timeout_s: float,
+                 roll: Roll | None = None):  # fmt: skip
+        self._roll = roll
         self._messages: queue.Queue[dict] = queue.Queue()
         self._is_waiting = True  # for the start
         self._is_stopped = False
@@ -175,11 +190,23 @@ class Member:
             if self._is_stopped:
                 return
             self._is_waiting = True
-        with contextlib.suppress(queue.Empty):
-            _end(self._messages.get(timeout=GRACE_SECONDS)["text"])
-        with contextlib.suppress(OSError, queue.Empty):  # without process 0, all end by themselves
+        if (cause := self._wait_for_stop()) is not None:
+            self._end(cause)
+        with contextlib.suppress(OSError):  # without process 0, all end by themselves
             self._say({"kind": "failed", "text": text})
-            self._messages.get(timeout=GRACE_SECONDS)  # the others have been told
+            self._wait_for_stop()  # so that the others have been told
+
+    def leave(self) -> NoReturn:
+        """Ends this process with exit code 1, whatever its other threads are doing: they may wait forever."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self._roll is not None:
+            self._roll.wait_until_alone(LAST_SECONDS)
+        os._exit(1)
+
+    def _end(self, text: str) -> NoReturn:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        self.leave()
 
     def _await(self, kind: str) -> dict:
         with self._lock:
@@ -192,6 +219,16 @@ class Member:
             raise (ValueError if message["is_disagreement"] else ChildProcessError)(message["text"])
         assert message["kind"] == kind, message
         return message
+
+    def _wait_for_stop(self) -> str | None:
+        """Returns the words with which all are stopped, None when nobody stops them for a while."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        with contextlib.suppress(queue.Empty):
+            while True:
+                message = self._messages.get(timeout=max(0.0, deadline - time.monotonic()))
+                if message["kind"] == "stop":
+                    return message["text"]
+        return None
 
     def _say(self, message: dict) -> None:
         self._socket.sendall(_line(message))
@@ -208,9 +245,10 @@ class Member:
 
     def _take(self, message: dict) -> None:
         with self._lock:
-            if message["kind"] == "stop" and not self._is_waiting:
-                _end(message["text"])
-        self._messages.put(message)
+            if self._is_waiting or message["kind"] != "stop":
+                self._messages.put(message)
+                return
+        self._end(message["text"])
 
 
 def differences(facts: dict[int, dict], names: dict[int, str]) -> str:
@@ -246,13 +284,6 @@ def in_words(processes: list[int]) -> str:
             runs.append([process])
     numbers = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
     return f"{'process' if len(processes) == 1 else 'processes'} {numbers}"
-
-
-def _end(text: str) -> NoReturn:
-    """Ends this process, whatever its other threads are doing: they may wait for a collective forever."""
-    sys.stdout.flush()
-    print(f"error: {text}", file=sys.stderr, flush=True)
-    os._exit(1)
 
 
 def _connect(address: str, process_id: int, *, timeout_s: float) -> socket.socket:

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +32,11 @@ def get_config():
 '''
 
 
-def write_two_sources(directory: Path) -> None:
+def write_two_sources(directory: Path, *, num_words: int = 4) -> None:
     """Writes a corpus of much code and of so few words that a run reads them several times."""
     texts = [path.read_text() for path in sorted((ROOT / "dsv3_jax" / "train").glob("*.py"))[:8]]
     tokenizer = train_tokenizer(texts, 300)
-    code, words = tokenizer.encode_documents(texts), tokenizer.encode_documents(["zwei Wörter " * 4] * 2)
+    code, words = tokenizer.encode_documents(texts), tokenizer.encode_documents(["zwei Wörter " * num_words] * 2)
     documents = {
         "code": {"train": code[2:], "heldout": code[:2]},
         "words": {"train": words[1:], "heldout": words[:1]},
@@ -67,6 +68,18 @@ class Launcher:
             command, env=self._environment | {"XLA_FLAGS": flags}, start_new_session=True, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
+
+    def start_all(self, workdir: Path, *arguments: str, num_processes: int,
+                  own: dict[int, tuple[str, ...]] | None = None) -> list[subprocess.Popen]:  # fmt: skip
+        """Starts the processes of one run; `own` holds further arguments of single ones."""
+        with socket.create_server(("", 0)) as probe:
+            address = f"localhost:{probe.getsockname()[1]}"
+        own = own if own is not None else {}
+        return [
+            self.start(workdir, *arguments, f"--coordinator_address={address}", f"--num_processes={num_processes}",
+                       f"--process_id={process}", *own.get(process, ()))
+            for process in range(num_processes)
+        ]  # fmt: skip
 
     def finish(self, workdir: Path, *arguments: str, num_devices: int = 1) -> tuple[int, str]:
         """Returns exit code and output of a run left alone."""

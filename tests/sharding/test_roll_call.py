@@ -22,7 +22,7 @@ def address():
 def ended(monkeypatch):
     """Collects what processes say when they end, in place of their ending."""
     texts = []
-    monkeypatch.setattr(roll_call, "_end", texts.append)
+    monkeypatch.setattr(Member, "_end", lambda member, text: texts.append(text))
     monkeypatch.setattr(roll_call, "GRACE_SECONDS", 0.2)
     return texts
 
@@ -144,6 +144,18 @@ def test_a_failure_that_follows_from_another_is_reported_as_that_one(address, en
     follower.join(timeout=20)
     assert any("process 1 on" in text and "is gone" in text for text in ended)
     assert not any("a collective broke" in text for text in ended)
+
+
+def test_process_0_waits_for_the_others_last_words(address, ended):
+    roll = Roll(address, 2, timeout_s=20)
+    members = of_all(2, lambda process: Member(address, 2, process, timeout_s=20))
+    members[1].fail("full")
+    start = time.monotonic()
+    roll.wait_until_alone(0.3)
+    assert time.monotonic() - start > 0.2, "process 1 is still there"
+    members[1]._socket.shutdown(socket.SHUT_RDWR)
+    roll.wait_until_alone(20)
+    assert time.monotonic() - start < 10
 
 
 def test_strangers_do_not_disturb(address, ended):
