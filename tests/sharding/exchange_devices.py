@@ -1,8 +1,6 @@
 """Checks of the expert exchange on sixteen CPU devices, run by test_expert_exchange.py: the argument names one."""
 
 import functools
-import math
-import re
 import sys
 
 import jax
@@ -11,6 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import MeshConfig
+from dsv3_jax.plan import hlo, traffic
 from dsv3_jax.sharding import row_packing
 from dsv3_jax.sharding.expert_exchange import Capacity, ExpertFunctions, plan_capacity, serve
 from dsv3_jax.sharding.mesh import AXES, EXPERT_AXES, make_mesh
@@ -263,39 +262,23 @@ def check_bytes():
     like = {"experts": jnp.zeros((1, TOP_K), jnp.uint16), "weights": weights_TK[:1], "x": x_TD[:1]}
     dispatched = capacity.bytes_sent(row_packing.row_bytes(row_packing.row_specs(like)))
     returned = capacity.bytes_sent(x_TD[0].nbytes)
-    planned = {hop: dispatched[hop] + returned[hop] for hop in ("node", "inner")}
-    lines = program.as_text().splitlines()
-    of_further_rounds = ["/while/body/" in line for line in lines]
-    assert any(of_further_rounds)
-    for is_further in (False, True):
-        own = [line for line, further in zip(lines, of_further_rounds) if further == is_further]
-        assert count_bytes_sent(own, devices_per_node=4) == planned | {"sums": 1}
-
-
-def count_bytes_sent(lines: list[str], *, devices_per_node: int) -> dict[str, int]:
-    """Counts what a device sends to others by the all-to-alls of compiled HLO, across nodes and inside.
-
-    "sums" counts the all-reduces, which must be of one number: whether the devices need another round.
-    """
-    sent = {"node": 0, "inner": 0, "sums": 0}
-    for line in lines:
-        found = re.search(r" = (.*) (all-\w+(?:-\w+)?|collective-permute|reduce-scatter)\(", line)
-        if found is None:
-            continue
-        shapes, kind = found.groups()
-        if kind == "all-reduce":
-            assert shapes == "s32[]", line
-            sent["sums"] += 1
-            continue
-        assert kind == "all-to-all", line
-        parts = re.findall(r"([a-z])(\d+)\[([\d,]+)\]", shapes)  # what comes from each device of the group
-        group = [int(device) for device in re.search(r"replica_groups=\{\{([\d,]+)\}", line).group(1).split(",")]
-        assert len(parts) == len(group), line
-        size = sum(int(bits) // 8 * math.prod(map(int, shape.split(","))) for _, bits, shape in parts[1:])
-        crosses = len({device // devices_per_node for device in group}) > 1
-        assert not crosses or len({device % devices_per_node for device in group}) == 1, group
-        sent["node" if crosses else "inner"] += size
-    return sent
+    node = dispatched["node"] + returned["node"]
+    inner = dispatched["inner"] + returned["inner"]
+    for further_rounds in (0, 3):
+        sent = {
+            (collective.kind, collective.axes): (collective.num_runs, collective.sent_bytes)
+            for collective in traffic.collectives(
+                hlo.parse(program.as_text()), exchange.sizes, devices_per_host=4,
+                dynamic_trips=lambda loop, further_rounds=further_rounds: further_rounds,
+            )
+        }  # fmt: skip
+        rounds = 1 + further_rounds
+        is_enough_bytes = 2 * 4 * 15 // 16  # to learn by one int32 whether the devices need another round
+        assert sent == {
+            ("all-to-all", ("node",)): (2 * rounds, node * rounds),
+            ("all-to-all", ("gpu", "tensor")): (2 * rounds, inner * rounds),
+            ("all-reduce", ("node", "gpu", "tensor")): (rounds, is_enough_bytes * rounds),
+        }, (sent, node, inner)
 
 
 if __name__ == "__main__":
