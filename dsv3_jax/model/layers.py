@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dsv3_jax.fp8 import feed_forward as fp8_feed_forward
 from dsv3_jax.fp8 import linear as fp8_linear
 from dsv3_jax.fp8.weight import Fp8Weight
+from dsv3_jax.kernels.swiglu import swiglu_gradients
 from dsv3_jax.model.params import Linear, declare
 from dsv3_jax.sharding.collectives import gather_tokens
 
@@ -133,11 +134,8 @@ def _swiglu_forward(gate_up):
 
 
 def _swiglu_backward(gate_up, dhidden):
-    gate, up = _gate_and_up(gate_up)
-    dhidden, sigmoid = dhidden.astype(jnp.float32), jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    dgate = dhidden * up * (sigmoid + silu * (1 - sigmoid))
-    return (jnp.stack([dgate, dhidden * silu], axis=-2).astype(gate_up.dtype),)
+    gradients = swiglu_gradients(*_gate_and_up(gate_up), dhidden.astype(jnp.float32))
+    return (jnp.stack(gradients, axis=-2).astype(gate_up.dtype),)
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)

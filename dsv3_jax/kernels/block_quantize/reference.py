@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.fp8 import formats
 from dsv3_jax.fp8.formats import QuantizedArray
+from dsv3_jax.kernels.swiglu import swiglu_gradients
 
 quantize_rows = formats.quantize_rows
 quantize_columns = formats.quantize_columns
@@ -43,11 +44,8 @@ def swiglu_columns(gate_up: QuantizedArray) -> QuantizedArray:
 def swiglu_gradient(gate_up: QuantizedArray, dhidden_MF: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
     """Quantizes rows and columns of the gradients of gate and up."""
     gate, up = jnp.split(formats.dequantize(gate_up), 2, axis=-1)
-    dhidden_MF = dhidden_MF.astype(jnp.float32)
-    sigmoid = jax.nn.sigmoid(gate)
-    dgate_MF = dhidden_MF * up * sigmoid * (1 + gate * (1 - sigmoid))
-    dup_MF = dhidden_MF * gate * sigmoid
-    return quantize_rows_and_columns(jnp.concatenate([dgate_MF, dup_MF], axis=-1))
+    gradients = swiglu_gradients(gate, up, dhidden_MF.astype(jnp.float32))
+    return quantize_rows_and_columns(jnp.concatenate(gradients, axis=-1))
 
 
 @jax.jit
