@@ -2,8 +2,8 @@
 
     python launch/train.py --config=configs/tiny.py --config.data.corpus=DIR --workdir=runs/tiny
 
-The same command continues from the newest checkpoint. SIGTERM saves and exits 0; Ctrl-C saves and exits 130; SIGUSR1
-saves and goes on.
+The same command continues from the newest checkpoint. SIGTERM saves and exits 0, or as --stopped_exit_code says; Ctrl-C
+saves and exits 130; SIGUSR1 saves and goes on.
 
 Several processes train as one: start the same command in each, by srun or mpirun, which say who is who, or with
 
@@ -30,6 +30,8 @@ _LOCAL_DEVICE_IDS = flags.DEFINE_list("local_device_ids", None, "GPUs that this 
 _JOIN_TIMEOUT_S = flags.DEFINE_float("join_timeout_s", 600, "how long processes wait for one another at the start")
 _HEARTBEAT_TIMEOUT_S = flags.DEFINE_float("heartbeat_timeout_s", 100, "after so long without a sign of life a process "
                                           "counts as lost", lower_bound=1)  # fmt: skip
+_STOPPED_EXIT_CODE = flags.DEFINE_integer("stopped_exit_code", 0, "exit code after SIGTERM, for a scheduler that would "
+                                          "take 0 for the end of the run")  # fmt: skip
 
 
 def main() -> None:
@@ -44,6 +46,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if stopped_by == signal.SIGINT:
         sys.exit(128 + signal.SIGINT)
+    if stopped_by == signal.SIGTERM:
+        sys.exit(_STOPPED_EXIT_CODE.value)
 
 
 if __name__ == "__main__":
