@@ -36,7 +36,9 @@ from dsv3_jax.sharding.row_packing import pack, row_specs, unpack
 __all__ = ["Capacity", "ExpertFunctions", "Hop", "Tokens", "combine", "dispatch", "plan_capacity", "send", "serve"]
 
 NODE_AXES = ("node",)
-ROUTES_NAME = "expert_routes"  # checkpoint name of what the backward pass must know to send gradients the same ways
+# Checkpoint names. A policy that saves both spares the backward pass to send the tokens again.
+ROUTES_NAME = "expert_routes"  # small: what sends gradients the same ways
+ROWS_NAME = "expert_rows"  # what arrived: `Capacity.received_rows` rows of the payload
 
 
 class ExpertFunctions(NamedTuple):
@@ -207,7 +209,8 @@ def dispatch(tokens: Tokens, waiting_TN: jax.Array, capacity: Capacity) -> tuple
     is_here_RK = (experts_RK >= 0) & (experts_RK < capacity.experts_per_device)
     experts_RK = jnp.where(is_here_RK, experts_RK, capacity.experts_per_device)
     hops, experts_RK, weights_RK = checkpoint_name((hops, experts_RK, received.weights_RK), ROUTES_NAME)
-    return Tokens(experts_RK, weights_RK, received.payload), hops, waiting_TN & ~sent_TN
+    payload = checkpoint_name(received.payload, ROWS_NAME)
+    return Tokens(experts_RK, weights_RK, payload), hops, waiting_TN & ~sent_TN
 
 
 def send(rows: Any, hops: tuple[Hop, ...]) -> Any:
