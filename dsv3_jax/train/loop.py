@@ -108,7 +108,7 @@ def train(config: RunConfig, workdir: str | Path, *, processes: Processes = ALON
             reporter.report(dataclasses.replace(progress), settings, metrics)
 
             is_evaluated = is_due(progress.step, config.train.eval_every_steps)
-            is_saved = is_due(progress.step, config.train.checkpoint_every_steps) or requests.take_save()
+            is_saved = requests.take_save() or is_due(progress.step, config.train.checkpoint_every_steps)
             if is_evaluated or is_saved:
                 reporter.flush()
             if is_evaluated:
