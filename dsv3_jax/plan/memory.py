@@ -25,6 +25,7 @@ KINDS = (MASTERS, MOMENTS, WEIGHTS, CACHE, GRADIENTS, KEPT, EXCHANGE, INPUTS, TE
 _ARGUMENTS = {"state.params": MASTERS, "state.optimizer": MOMENTS, "params": WEIGHTS, "cache": CACHE}
 _WEIGHT_SOURCES = ("model/params.py", "sharding/zero.py")
 _EXCHANGE_SOURCES = ("sharding/expert_exchange.py", "sharding/row_packing.py", "sharding/exchange_plan.py")
+# Those of the compiler's own fusions that have one operand are transposes and copies as well.
 _MOVES = ("copy", "bitcast", "reshape", "transpose", "copy-start", "copy-done", "optimization-barrier")
 
 
@@ -189,12 +190,11 @@ def _kind(
     files = program.files(origin)
     is_weight_size = _num_elements(type_) in weight_sizes
     differentiated = "jvp(" in origin.op_name
-    if is_weight_size and differentiated and type_.startswith("f32"):
-        return GRADIENTS
-    if is_weight_size and _is_backward(origin):
-        return GRADIENTS
-    if not differentiated and any(file.endswith(_WEIGHT_SOURCES) for file in files):
+    is_gathered = origin.opcode.startswith("all-gather")
+    if (is_gathered or not differentiated) and any(file.endswith(_WEIGHT_SOURCES) for file in files):
         return WEIGHTS
+    if is_weight_size and (type_.startswith("f32") or _is_backward(origin)):
+        return GRADIENTS
     if _is_forward(origin) and (outlives_forward or _updates_in_place(program, origin)):
         return KEPT
     if any(file.endswith(_EXCHANGE_SOURCES) for file in files):
@@ -248,7 +248,8 @@ def _source(program: Program, instruction: Instruction, index: tuple[int, ...]) 
         return None if caller is None else _of_loop(program, caller, index)
     if opcode in ("call", "conditional"):
         return program.root(instruction.called[0]).name, index
-    return (instruction.operands[0], index) if opcode in _MOVES else None
+    is_unnamed_move = opcode == "fusion" and not instruction.op_name and len(instruction.operands) == 1
+    return (instruction.operands[0], index) if opcode in _MOVES or is_unnamed_move else None
 
 
 def _of_loop(program: Program, loop: Instruction, index: tuple[int, ...]) -> tuple[str, tuple[int, ...]] | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from dsv3_jax.sharding.mesh import num_batch_shards
 from dsv3_jax.train.flops import train_flops_per_token
 from dsv3_jax.train.step import trace_train_step
 
+_PACKAGE = str(pathlib.Path(__file__).parents[1])
 _STEP_SOURCE, _ROUNDS_SOURCE = "train/step.py", "sharding/expert_exchange.py"
 
 
@@ -32,8 +34,8 @@ class Program:
 
     def trips_of_equation(self, equation: Any) -> int:
         """Returns how often a traced loop runs whose length depends on the data, when tokens spread evenly."""
-        frames = equation.source_info.traceback.frames if equation.source_info.traceback else ()
-        return self._trips(tuple(frame.file_name for frame in frames))
+        frames = equation.source_info.traceback.frames
+        return self._trips(tuple(frame.file_name for frame in frames if frame.file_name.startswith(_PACKAGE)))
 
     def trips_of_instruction(self, program: hlo.Program) -> Callable[[hlo.Instruction], int]:
         """Returns the same for loops of the compiled program."""
