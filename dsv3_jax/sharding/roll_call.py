@@ -46,7 +46,7 @@ class Roll:
         self._facts: dict[int, dict] = {}
         self._done: set[int] = set()
         self._left: set[int] = set()
-        self._is_over = False
+        self._last_words: dict | None = None
         self._is_alone = threading.Event()
         port = int(coordinator_address.rpartition(":")[2])
         try:
@@ -83,7 +83,8 @@ class Roll:
         process, name = hello["process"], f"process {hello['process']} on {hello['host']}"
         if refusal := self._refusal(hello):
             self._stop(refusal, is_disagreement=True)
-            _send(writer, _stop_message(refusal, is_disagreement=True))
+        if self._last_words is not None:
+            _send(writer, self._last_words)
             return
         self._members[process], self._names[process] = writer, name
         if len(self._members) == self._num_processes:
@@ -128,9 +129,9 @@ class Roll:
         return ""
 
     def _stop(self, text: str, *, is_disagreement: bool = False) -> None:
-        if not self._is_over:
-            self._is_over = True
-            self._tell_all(_stop_message(text, is_disagreement=is_disagreement))
+        if self._last_words is None:
+            self._last_words = _stop_message(text, is_disagreement=is_disagreement)
+            self._tell_all(self._last_words)
 
     def _tell_all(self, message: dict) -> None:
         for writer in self._members.values():

@@ -92,6 +92,8 @@ def test_a_missing_process_is_named(address):
     for member in members.values():
         with pytest.raises(ChildProcessError, match=rf"processes 1, 3 of 4 did not come to {address} within 0.5 sec"):
             member.start()
+    with pytest.raises(ChildProcessError, match="processes 1, 3 of 4 did not come"):
+        Member(address, 4, 1, timeout_s=20).start()  # too late
 
 
 def test_a_missing_coordinator_is_named(address):
