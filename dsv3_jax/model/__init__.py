@@ -22,10 +22,10 @@ from dsv3_jax.model.deepseek_v3 import (
     quantize_params,
     split_layers,
 )
-from dsv3_jax.model.params import ParamSpec, compute_dtype, with_masters
+from dsv3_jax.model.params import ParamSpec, compute_dtype, is_fp8, with_masters
 
 __all__ = [
     "Cache", "Forward", "ParamSpec", "cast_params", "compute_dtype", "count_params", "decode_step",
-    "document_starts", "forward", "init_cache", "init_params", "logits", "param_specs", "param_splits", "prefill",
-    "quantize_params", "split_layers", "with_masters",
+    "document_starts", "forward", "init_cache", "init_params", "is_fp8", "logits", "param_specs",
+    "param_splits", "prefill", "quantize_params", "split_layers", "with_masters",
 ]  # fmt: skip

@@ -42,6 +42,11 @@ class ParamSpec:
     def __post_init__(self):
         assert len(self.shape) == len(self.axes), (self.shape, self.axes)
 
+    def unstacked(self) -> "ParamSpec":
+        """Returns the declaration of one layer's parameter, given that of a stack of layers."""
+        linear = self.linear and dataclasses.replace(self.linear, batch_dims=self.linear.batch_dims - 1)
+        return ParamSpec(self.shape[1:], self.axes[1:], self.init, linear)
+
 
 def declare(*dims: tuple[str | None, int], init: str = "normal", linear: Linear | None = None) -> nnx.Param:
     """Declares a parameter by its (logical axis, size) pairs."""
@@ -100,7 +105,7 @@ def quantize_from_specs(config: ModelConfig, specs: dict, params: dict | tuple, 
       with_gradient: see `fp8.weight.quantize_weight`.
     """
     if isinstance(params, tuple):
-        specs = jax.tree.map(_unstacked, specs)
+        specs = jax.tree.map(ParamSpec.unstacked, specs)
         return tuple(quantize_from_specs(config, specs, layer, with_gradient=with_gradient) for layer in params)
     if isinstance(params, dict):
         return {
@@ -155,11 +160,6 @@ def with_masters(params: dict, masters: dict) -> dict:
         return dataclasses.replace(value, master=master) if is_fp8(value) else master
 
     return jax.tree.map(attach, params, masters, is_leaf=is_fp8)
-
-
-def _unstacked(spec: ParamSpec) -> ParamSpec:
-    linear = spec.linear and dataclasses.replace(spec.linear, batch_dims=spec.linear.batch_dims - 1)
-    return ParamSpec(spec.shape[1:], spec.axes[1:], spec.init, linear)
 
 
 def num_elements(specs: dict) -> int:

@@ -21,18 +21,19 @@ class Split:
     def further(self) -> tuple[tuple[int, tuple[str, ...]], ...]:
         """Returns the dimensions that are split further, counted from the last as -1, and over which mesh axes."""
         axes = [
-            tuple(axis for axis in _names(master) if axis not in _names(compute))
+            tuple(axis for axis in axis_names(master) if axis not in axis_names(compute))
             for compute, master in zip(self.compute, self.master, strict=True)
         ]
         return tuple((dim - len(axes), names) for dim, names in enumerate(axes) if size(names) > 1)
 
     def copies(self) -> tuple[str, ...]:
         """Returns the mesh axes whose devices keep the same part of the master copy."""
-        used = {axis for axes in self.master for axis in _names(axes)}
+        used = {axis for axes in self.master for axis in axis_names(axes)}
         return tuple(axis for axis in AXES if axis not in used)
 
 
-def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def axis_names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the mesh axes that a partition names for one dimension."""
     return (axes,) if isinstance(axes, str) else axes or ()
 
 

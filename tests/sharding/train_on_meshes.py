@@ -26,7 +26,7 @@ BIAS_SPEED = 0.02
 # token finds two experts equally good and takes the other one. In bfloat16 partial sums of heads and experts are
 # rounded to 8 bits before they meet, in FP8 tiles of 128 tokens besides hold other tokens; 20 steps of Adam, which
 # divides by the gradient's size, let either grow.
-TOLERANCES = {"fp32": (1e-6, 1e-4, 1e-2, 2e-3), "bf16": (2e-3, 1e-2, 0.25, 0.1), "fp8": (5e-3, 2e-2, 0.5, 0.2)}
+TOLERANCES = {"fp32": (1e-6, 1e-4, 1e-2, 2e-3), "bf16": (2e-3, 1e-2, 0.3, 0.2), "fp8": (5e-3, 2e-2, 0.6, 0.3)}
 EXACT_STEPS = 3  # in float32 choices and biases are the same so long
 
 
