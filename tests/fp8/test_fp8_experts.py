@@ -1,6 +1,10 @@
 """Routed experts in FP8: what is rounded when, against a float64 loop over experts; what travels; what is absent."""
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +181,19 @@ def test_experts_on_two_devices_sum_to_those_on_one():
             assert_near(parts[0][index] + parts[1][index], whole[index], 1e-6, name)
         else:
             np.testing.assert_array_equal(np.concatenate([part[index] for part in parts]), whole[index], name)
+
+
+def test_a_mesh_computes_what_one_device_does():
+    """Over nodes, devices and pieces of sequences, in one round and in several, to the order of sums."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+    }
+    script = pathlib.Path(__file__).with_name("experts_on_a_mesh.py")
+    process = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
 
 
 @pytest.mark.parametrize("poisoned", ["x", "dy", "gate weight"])
