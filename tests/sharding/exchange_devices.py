@@ -9,6 +9,13 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import MeshConfig
+from dsv3_jax.fp8 import experts as fp8_experts
+from dsv3_jax.fp8.feed_forward import FeedForwardWeights
+from dsv3_jax.fp8.linear import pad_rows
+from dsv3_jax.fp8.weight import quantize_weight
+from dsv3_jax.kernels.block_quantize import quantize_rows
+from dsv3_jax.model import experts
+from dsv3_jax.model.moe import EXPERTS, FP8_EXPERTS
 from dsv3_jax.plan import hlo, traffic
 from dsv3_jax.sharding import row_packing
 from dsv3_jax.sharding.expert_exchange import Capacity, ExpertFunctions, plan_capacity, serve
@@ -251,6 +258,43 @@ def check_rematerialised_layers():
         num_sent.append(run.lower(*operands).as_text().count("stablehlo.all_to_all"))
     # A round takes two hops there and two back; in the backward pass the gradients of x and of the weights come back.
     assert num_sent == [2 * (2 + 2) + 2 * (2 + 4), 2 * (2 + 2) + 2 + 2 * (2 + 4)], "saved, sent again"
+
+
+def check_experts_of_the_model():
+    """The model's experts, float32 and FP8, on four devices with several rounds and on one give the same numbers.
+
+    Tiles of 128 tokens hold other tokens on a mesh: their scales are powers of two, so only E4M3's subnormals move.
+    """
+    exchange = Exchange({"node": 2, "gpu": 2}, 0.6)
+    rng = np.random.default_rng(3)
+    experts_TK = routings(exchange.num_tokens, 4, 2)["zipf"].astype(np.int32)
+    weights_TK = jnp.asarray(rng.random(experts_TK.shape), jnp.float32)
+    x_TD, cotangent_TD = (jnp.asarray(rng.normal(size=(exchange.num_tokens, 128)), jnp.float32) for _ in range(2))
+    gate_up_ED2F = jnp.asarray(rng.normal(size=(NUM_EXPERTS, 128, 2, 128)) / 8, jnp.float32)
+    down_EFD = jnp.asarray(rng.normal(size=(NUM_EXPERTS, 128, 128)) / 8, jnp.float32)
+
+    def run(is_fp8, capacity, x_TD, experts_TK, weights_TK, params, cotangent_TD):
+        def loss(x_TD, weights_TK, params):
+            functions, payload, weights = EXPERTS, x_TD, experts.ExpertWeights(*params)
+            if is_fp8:
+                payload = fp8_experts.pack(quantize_rows(pad_rows(jax.lax.stop_gradient(x_TD))), x_TD)
+                functions, weights = FP8_EXPERTS, FeedForwardWeights(*map(quantize, params, (1, 1)))
+            y_TD = serve(functions, x_TD, payload, experts_TK, weights_TK, weights, capacity=capacity)
+            return jnp.sum(y_TD * cotangent_TD), y_TD
+
+        (_, y_TD), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x_TD, weights_TK, params)
+        return y_TD, gradients
+
+    def quantize(weight, contracted_dims):
+        return quantize_weight(
+            weight, contracted_dims=contracted_dims, batch_dims=1, input_cache="e4m3", with_gradient=True
+        )
+
+    operands = (x_TD, experts_TK, weights_TK, (gate_up_ED2F, down_EFD), cotangent_TD)
+    for is_fp8, tolerance in ((False, FLOAT32), (True, 2e-5)):
+        on_one = jax.jit(functools.partial(run, is_fp8, None), compiler_options=QUICK_COMPILE)(*operands)
+        on_four = exchange.map(functools.partial(run, is_fp8, exchange.capacity))(*operands)
+        assert_all_close(on_four, on_one, tolerance, f"fp8 {is_fp8}")
 
 
 def check_bytes():
