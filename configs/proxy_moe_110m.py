@@ -54,8 +54,8 @@ def get_config() -> RunConfig:
             decayed_tokens=136 * TOKENS_PER_STEP,
             last_tokens=100 * TOKENS_PER_STEP,
             init_std=0.02,
-            # The experts' scores drift faster in so short a run than in the report's. With 0.005 and 100 warm-up steps to
-            # 1e-3 the busiest expert had 7 times its share of tokens at step 25, and the router did not recover.
+            # The experts' scores drift faster in so short a run than in the report's: with 0.005 and a warm-up of 100
+            # steps to 1e-3, the busiest expert had 7 times its share at step 25 and the router did not recover.
             bias_update_speed=0.02,
             bias_update_tokens=1436 * TOKENS_PER_STEP,
             loss_chunk_tokens=16384,
