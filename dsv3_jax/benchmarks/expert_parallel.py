@@ -4,7 +4,9 @@ Every device trains as many tokens as one alone. `python -m dsv3_jax.benchmarks.
 NUM_DEVICES` measures in a process of its own; the last line on stdout is the result as JSON.
 """
 
+import collections
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -19,16 +21,18 @@ import numpy as np
 
 from dsv3_jax.benchmarks import traces
 from dsv3_jax.benchmarks.networks import WORKLOADS, Workload
+from dsv3_jax.benchmarks.replays import compile_all
 from dsv3_jax.benchmarks.report import Row
 from dsv3_jax.config import override, require
 from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.train import schedule
 from dsv3_jax.train.flops import train_flops_per_token
 from dsv3_jax.train.state import init_state
-from dsv3_jax.train.step import make_train_step, split_batch
+from dsv3_jax.train.step import as_scalars, lower_train_step, split_batch
 
 WARMUP_STEPS, STEPS, TRACED_STEPS = 2, 5, 2
-LATENCY_HIDING = "--xla_gpu_enable_latency_hiding_scheduler=true"
+OPTIONS = {"": {}, ", latency hiding": {"xla_gpu_enable_latency_hiding_scheduler": True}}  # of XLA's compiler
+SENDS = ("all_to_all", "all_gather", "ppermute")  # what tokens travel by; inside the loop over layers nothing else does
 SHOWN_KERNELS = 12  # of those beside the exchange
 
 
@@ -36,7 +40,7 @@ def expert_parallel_rows(workload_name: str, *, precisions: Sequence[str] | None
     """Measures the workload on one device and with its experts spread over all, without and with latency hiding.
 
     "ms exchange" is the time a device's kernels send tokens or wait for them, "hidden" the share of it during which the
-    device computed. Rows of the second kind name the kernels that ran beside the exchange.
+    device computed. Further rows list the collectives, and the kernels that ran beside the exchange.
 
     Args:
       workload_name: of `networks.WORKLOADS`.
@@ -50,12 +54,9 @@ def expert_parallel_rows(workload_name: str, *, precisions: Sequence[str] | None
     workload = WORKLOADS[workload_name]
     rows = []
     for precision in workload.precisions if precisions is None else precisions:
-        spread = f"gpu={num_devices}"
-        results = {
-            "1 device": _measure(workload_name, precision, 1, flags=""),
-            spread: _measure(workload_name, precision, num_devices, flags=""),
-            f"{spread}, latency hiding": _measure(workload_name, precision, num_devices, flags=LATENCY_HIDING),
-        }
+        results = {"1 device": _measure(workload_name, precision, 1)[""]}
+        spread = _measure(workload_name, precision, num_devices)
+        results |= {f"gpu={num_devices}{options}": result for options, result in spread.items()}
         rows += step_rows(workload, f"{workload_name} {precision}", results)
     return rows
 
@@ -75,21 +76,24 @@ def step_rows(workload: Workload, case: str, results: dict[str, dict]) -> list[R
             row |= {"ms exchange": exchange.exchange_s * 1e3, "hidden": exchange.hidden_share,
                     "ms collectives": all_collectives.exchange_s * 1e3, "ms compute": all_collectives.compute_s * 1e3,
                     "ms idle": all_collectives.idle_s * 1e3}  # fmt: skip
+            kernels += [{"case": f"{case}, {name}: collectives", "implementation": kernel, "times a step": count,
+                         "ms a step": of_kernel.exchange_s * 1e3, "hidden": of_kernel.hidden_share}
+                        for kernel, count, *overlap in result["by_collective"]
+                        for of_kernel in [traces.Overlap(*overlap)]]  # fmt: skip
             kernels += [{"case": f"{case}, {name}: beside the exchange", "implementation": kernel[:80],
                          "ms a step": seconds * 1e3} for kernel, seconds in result["beside"]]  # fmt: skip
         rows.append(row)
     return rows + kernels
 
 
-def _measure(workload_name: str, precision: str, num_devices: int, *, flags: str) -> dict:
-    """Runs this module with these flags of XLA and reads the JSON it prints last.
+def _measure(workload_name: str, precision: str, num_devices: int) -> dict[str, dict]:
+    """Runs this module and reads the JSON it prints last.
 
     Raises:
       ValueError: it failed; the message ends with what it said.
     """
     command = [sys.executable, "-m", "dsv3_jax.benchmarks.expert_parallel", workload_name, precision, str(num_devices)]
     environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "PYTHONUNBUFFERED": "1"}
-    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
     environment.pop("XLA_PYTHON_CLIENT_PREALLOCATE", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -97,57 +101,97 @@ def _measure(workload_name: str, precision: str, num_devices: int, *, flags: str
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def time_steps(workload: Workload, precision: str, *, num_devices: int) -> dict:
-    """Times optimizer steps on random tokens, data on the devices waited for; traces two more where they are GPUs.
+def time_steps(workload: Workload, precision: str, *, num_devices: int) -> dict[str, dict]:
+    """Times optimizer steps on random tokens, data on the devices waited for; traces more where they are GPUs.
 
     Returns:
-      step_s, loss, peak_gb; of a trace, per step and device: exchange and collectives, as `traces.Overlap`, and beside,
-      [kernel, seconds].
+      By compiler options, on one device without any: step_s, loss, peak_gb, and what `summarize` gives of the trace.
     """
     workload = dataclasses.replace(workload, batch_size=workload.batch_size * num_devices)
     config = override(workload.run_config, {"model.precision": precision, "mesh.gpu": num_devices})
     mesh = make_mesh(config.mesh, devices=jax.devices()[:num_devices])
-    settings = schedule.at(config.train, step=0, tokens=0)
+    on_gpu = jax.default_backend() == "gpu"
+    scalars = as_scalars(config, schedule.at(config.train, step=0, tokens=0))
     rng = np.random.default_rng(0)
+    lowered = lower_train_step(config, mesh)
+    chosen = OPTIONS if on_gpu and num_devices > 1 else {"": {}}
+    programs = compile_all({name: functools.partial(lowered.compile, options) for name, options in chosen.items()})
+    results = {}
     with jax.set_mesh(mesh):
-        train_step, state = make_train_step(config, mesh), init_state(config, mesh)
+        state = init_state(config, mesh)
+        for name, program in programs.items():
 
-        def step() -> tuple[float, float]:
-            nonlocal state
-            shape = (workload.batch_size, workload.sequence_length + 1)
-            tokens_ABT = split_batch(config, rng.integers(0, config.model.vocab_size, shape).astype(np.int32))
-            start = time.perf_counter()
-            state, metrics = train_step(state, tokens_ABT, settings)
-            jax.block_until_ready((state, metrics))
-            return time.perf_counter() - start, float(metrics["loss"])
+            def step(program=program) -> tuple[float, float]:
+                nonlocal state
+                shape = (workload.batch_size, workload.sequence_length + 1)
+                tokens_ABT = split_batch(config, rng.integers(0, config.model.vocab_size, shape).astype(np.int32))
+                start = time.perf_counter()
+                state, metrics = program(state, tokens_ABT, scalars)
+                jax.block_until_ready((state, metrics))
+                return time.perf_counter() - start, float(metrics["loss"])
 
-        timed = [step() for _ in range(WARMUP_STEPS + STEPS)][WARMUP_STEPS:]
-        result = {"step_s": statistics.median(seconds for seconds, _ in timed), "loss": timed[-1][1]}
-        device = mesh.devices.flat[0]
-        if device.platform != "gpu":
-            return result | {"peak_gb": None}
-        result["peak_gb"] = device.memory_stats()["peak_bytes_in_use"] / 1e9
-        return result | trace_steps(step)
+            timed = [step() for _ in range(WARMUP_STEPS + STEPS)][WARMUP_STEPS:]
+            results[name] = {
+                "step_s": statistics.median(seconds for seconds, _ in timed),
+                "loss": timed[-1][1],
+                "peak_gb": mesh.devices.flat[0].memory_stats()["peak_bytes_in_use"] / 1e9 if on_gpu else None,
+            }
+            if on_gpu:
+                results[name] |= trace_steps(step, program.as_text())
+    return results
 
 
-def trace_steps(step: Callable[[], object]) -> dict:
-    """Traces some steps; see `time_steps`."""
+def trace_steps(step: Callable[[], object], hlo_text: str) -> dict:
+    """Traces some steps of a compiled program; see `summarize`."""
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory, create_perfetto_trace=True):
             for _ in range(TRACED_STEPS):
                 step()
         kernels = traces.read_kernels(directory)
-    return summarize(kernels, num_steps=TRACED_STEPS)
+    return summarize(kernels, traces.operation_names(hlo_text), num_steps=TRACED_STEPS)
 
 
-def summarize(kernels: list[traces.Kernel], *, num_steps: int) -> dict:
-    """Returns what `time_steps` gives of a trace of that many steps."""
-    result = {}
-    for name, is_exchange in (("exchange", traces.is_expert_exchange), ("collectives", traces.is_collective)):
-        by_device = traces.overlap(kernels, is_exchange)
-        result[name] = [statistics.mean(values) / num_steps for values in zip(*by_device.values())]
-    beside = traces.beside(kernels, traces.is_expert_exchange, top=SHOWN_KERNELS)
-    return result | {"beside": [(name, seconds / num_steps / len(by_device)) for name, seconds in beside]}
+def summarize(kernels: list[traces.Kernel], names: dict[str, str], *, num_steps: int) -> dict:
+    """Says what a trace of some steps holds, per step, devices averaged.
+
+    Args:
+      kernels: of all devices.
+      names: see `traces.operation_names`.
+      num_steps: how many were traced.
+
+    Returns:
+      exchange and collectives: `traces.Overlap` of the experts' exchange and of all collectives. by_collective: a list
+      of [kernel and the operation it comes from, times, *`traces.Overlap`]. beside: a list of [kernel, seconds] of what
+      ran longest during the exchange.
+    """
+
+    def is_exchange(kernel: traces.Kernel) -> bool:
+        path = names.get(kernel.operation, "")
+        return traces.is_collective(kernel) and "while/body" in path and path.endswith(SENDS)
+
+    def label(kernel: traces.Kernel) -> str:
+        path = names.get(kernel.operation, kernel.operation)
+        where = "layers: " if "while/body" in path else ""
+        return f"{kernel.name.split('(')[0]} ({where}{path.rsplit('/', 1)[-1]})"
+
+    num_devices = len({kernel.device for kernel in kernels})
+
+    def average(is_chosen: Callable[[traces.Kernel], bool]) -> list[float]:
+        by_device = traces.overlap(kernels, is_chosen).values()
+        return [sum(values) / num_devices / num_steps for values in zip(*by_device)]
+
+    labels = collections.Counter(label(kernel) for kernel in kernels if traces.is_collective(kernel))
+    by_collective = [
+        [name, count / num_devices / num_steps, *average(lambda kernel, name=name: label(kernel) == name)]
+        for name, count in labels.items()
+    ]
+    beside = traces.beside(kernels, is_exchange, top=SHOWN_KERNELS)
+    return {
+        "exchange": average(is_exchange),
+        "collectives": average(traces.is_collective),
+        "by_collective": sorted(by_collective, key=lambda row: -row[2]),
+        "beside": [[name, seconds / num_devices / num_steps] for name, seconds in beside],
+    }
 
 
 if __name__ == "__main__":

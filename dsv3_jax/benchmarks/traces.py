@@ -9,11 +9,12 @@ import collections
 import gzip
 import json
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 TRACE_FILE = "perfetto_trace.json.gz"
-EXPERT_EXCHANGE = "ncclDevKernel_SendRecv"  # what all_to_all and ppermute become; reductions and gathers have others
+INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*\bmetadata=\{[^}]*?op_name="([^"]*)"', re.MULTILINE)
 
 
 class Kernel(NamedTuple):
@@ -31,7 +32,7 @@ class Overlap(NamedTuple):
     """How long one device did what, in seconds; kernels side by side on several streams count once."""
 
     exchange_s: float  # some kernel of an exchange ran
-    compute_s: float  # some other kernel ran
+    compute_s: float  # some kernel ran that is no collective
     both_s: float  # both at the same time
     idle_s: float  # between the first start and the last end, nothing ran
 
@@ -81,9 +82,9 @@ def is_collective(kernel: Kernel) -> bool:
     return "nccl" in kernel.name.lower()
 
 
-def is_expert_exchange(kernel: Kernel) -> bool:
-    """Tells whether a kernel moves tokens between experts' devices."""
-    return kernel.name.startswith(EXPERT_EXCHANGE)
+def operation_names(hlo_text: str) -> dict[str, str]:
+    """Returns where each instruction of a compiled program comes from: its `op_name`, a path of traced functions."""
+    return dict(INSTRUCTION.findall(hlo_text))
 
 
 def overlap(kernels: Sequence[Kernel], is_exchange: Callable[[Kernel], bool]) -> dict[str, Overlap]:
@@ -92,7 +93,7 @@ def overlap(kernels: Sequence[Kernel], is_exchange: Callable[[Kernel], bool]) ->
     for device in sorted({kernel.device for kernel in kernels}):
         own = [kernel for kernel in kernels if kernel.device == device]
         exchange = _union([kernel for kernel in own if is_exchange(kernel)])
-        compute = _union([kernel for kernel in own if not is_exchange(kernel)])
+        compute = _union([kernel for kernel in own if not is_collective(kernel)])
         span_s = max(kernel.end_s for kernel in own) - own[0].start_s
         result[device] = Overlap(_length(exchange), _length(compute), _shared_length(exchange, compute),
                                  span_s - _length(_union(own)))  # fmt: skip
@@ -100,13 +101,13 @@ def overlap(kernels: Sequence[Kernel], is_exchange: Callable[[Kernel], bool]) ->
 
 
 def beside(kernels: Sequence[Kernel], is_exchange: Callable[[Kernel], bool], *, top: int) -> list[tuple[str, float]]:
-    """Returns which kernels ran longest during exchanges of their own device: (name, seconds on all devices)."""
+    """Returns which kernels computed longest during exchanges of their own device: (name, seconds on all devices)."""
     seconds = collections.Counter()
     for device in {kernel.device for kernel in kernels}:
         own = [kernel for kernel in kernels if kernel.device == device]
         exchange = _union([kernel for kernel in own if is_exchange(kernel)])
         for kernel in own:
-            if not is_exchange(kernel):
+            if not is_collective(kernel):
                 seconds[kernel.name] += _shared_length(exchange, [(kernel.start_s, kernel.end_s)])
     return [(name, value) for name, value in seconds.most_common(top) if value > 0]
 

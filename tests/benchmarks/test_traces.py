@@ -3,13 +3,19 @@
 import gzip
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv3_jax.benchmarks import traces
-from dsv3_jax.benchmarks.traces import Kernel, is_collective, is_expert_exchange, overlap
+from dsv3_jax.benchmarks.traces import Kernel, is_collective, overlap
 
 SEND = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)"
+
+
+def is_send(kernel: Kernel) -> bool:
+    return kernel.name == SEND
 
 
 def metadata(pid: int, device: str, lines: dict[int, str]) -> list[dict]:
@@ -60,11 +66,11 @@ def test_kernels_of_streams_of_gpus_are_read_and_nothing_else(tmp_path, content)
 
 
 def test_exchange_compute_and_both_are_what_a_pencil_says():
-    by_device = overlap(traces.kernels_of(HAND_MADE), is_expert_exchange)
+    by_device = overlap(traces.kernels_of(HAND_MADE), is_send)
     own = by_device["/device:GPU:0"]
     np.testing.assert_allclose(own, [18e-6, 25e-6, (2 + 7) * 1e-6, (3 + 3) * 1e-6])
     assert own.hidden_share == pytest.approx(0.5)
-    assert by_device["/device:GPU:1"] == pytest.approx((0.0, 6e-6, 0.0, 0.0)), "a gather is no exchange of tokens"
+    assert by_device["/device:GPU:1"] == pytest.approx((0.0, 0.0, 0.0, 0.0)), "a gather neither exchanges nor computes"
     assert overlap(traces.kernels_of(HAND_MADE), is_collective)["/device:GPU:1"].exchange_s == pytest.approx(6e-6)
 
 
@@ -82,12 +88,12 @@ def test_overlap_of_many_random_kernels_is_what_a_clock_of_single_ticks_counts()
     busy = np.flatnonzero(runs[SEND] | runs["gemm"])
     expected = (runs[SEND].sum(), runs["gemm"].sum(), (runs[SEND] & runs["gemm"]).sum(),
                 busy[-1] + 1 - busy[0] - len(busy))  # fmt: skip
-    assert overlap(kernels, is_expert_exchange)["GPU"] == pytest.approx(expected)
+    assert overlap(kernels, is_send)["GPU"] == pytest.approx(expected)
 
 
 def test_what_ran_beside_the_exchange_and_what_ran_longest():
     kernels = traces.kernels_of(HAND_MADE)
-    assert traces.beside(kernels, is_expert_exchange, top=5) == [
+    assert traces.beside(kernels, is_send, top=5) == [
         ("shared", pytest.approx(7e-6)), ("gemm", pytest.approx(2e-6))
     ]  # fmt: skip
     assert traces.longest(kernels, top=2) == [(SEND, pytest.approx(18e-6), 2), ("gemm", pytest.approx(15e-6), 2)]
@@ -99,3 +105,16 @@ def test_a_missing_or_empty_trace_says_what_to_do(tmp_path):
     written(tmp_path, [complete(3, 1, "python", 0, 1000)])
     with pytest.raises(ValueError, match="holds no kernel of a GPU"):
         traces.read_kernels(tmp_path)
+
+
+def test_instructions_know_the_functions_they_were_traced_in():
+    function = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, x: jnp.sin(x) @ x, x))
+    names = traces.operation_names(function.lower(jnp.ones((8, 8))).compile().as_text())
+    of_product = [op_name for op_name in names.values() if op_name.endswith("dot_general")]
+    assert of_product and all("while/body" in op_name for op_name in of_product)
+    text = """
+  %all-to-all-start.1 = ((u32[8]), u32[8]) all-to-all-start(%x), metadata={op_name="jit(f)/all_to_all" stack_frame_id=3}
+  ROOT %y = f32[] negate(%z), metadata={source_line=1 op_name="jit(f)/neg"}
+  %w = f32[] negate(%z)
+"""
+    assert traces.operation_names(text) == {"all-to-all-start.1": "jit(f)/all_to_all", "y": "jit(f)/neg"}
