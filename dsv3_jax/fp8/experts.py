@@ -122,7 +122,10 @@ def _weight_gradient(weight: Fp8Weight, x: QuantizedArray, dy: QuantizedArray, r
 
 def _unpack(payload: Payload, rows: ExpertRows) -> QuantizedArray:
     """Copies every row that travelled to the rows of its experts; rows without a token are zero."""
-    codes_MD = jax.lax.bitcast_convert_type(gather_rows(payload.codes_RD, rows), E4M3)
+    num_rows, width = payload.codes_RD.shape
+    # Four codes at a time: XLA copies as many elements per thread whatever their size.
+    words_RW = jax.lax.bitcast_convert_type(payload.codes_RD.reshape(num_rows, width // 4, 4), jnp.uint32)
+    codes_MD = jax.lax.bitcast_convert_type(gather_rows(words_RW, rows), E4M3).reshape(-1, width)
     exponents_dM = gather_rows(payload.exponents_Rd, rows).T.astype(jnp.int32)
     return QuantizedArray(codes_MD, jax.lax.bitcast_convert_type(exponents_dM << _MANTISSA_BITS, jnp.float32), "row")
 
