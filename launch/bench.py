@@ -58,7 +58,7 @@ def measure(suite: str, *, with_peer: bool) -> list[dict]:
     """
     import jax
 
-    from dsv3_jax.benchmarks import accumulation, fp8_products, kernels, loader, quantizers, whole_steps
+    from dsv3_jax.benchmarks import accumulation, fp8_products, kernels, quantizers
     from dsv3_jax.kernels import device
 
     of_kernels = {
@@ -82,12 +82,16 @@ def measure(suite: str, *, with_peer: bool) -> list[dict]:
         return expert_exchange.exchange_rows(with_torch=with_peer)
     workload = WORKLOAD.value or ("slice" if platform == "gpu" else "small")
     if suite == "loader":
+        from dsv3_jax.benchmarks import loader
+
         return loader.loader_rows(workload, corpus_directory=CORPUS.value)
     peer = PEERS[suite] if with_peer else None
     if suite == "expert_parallel":
         from dsv3_jax.benchmarks import expert_parallel
 
         return expert_parallel.expert_parallel_rows(workload, precisions=PRECISIONS.value)
+    from dsv3_jax.benchmarks import whole_steps
+
     if suite == "decode":
         return whole_steps.decode_rows(workload, peer=peer)
     return whole_steps.train_step_rows(workload, peer=peer, precisions=PRECISIONS.value)
