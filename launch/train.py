@@ -12,6 +12,7 @@ Several processes train as one: start the same command in each, by srun or mpiru
 where HOST runs process 0. The number of processes may change from one start to the next.
 """
 
+import math
 import signal
 import sys
 
@@ -30,6 +31,8 @@ _LOCAL_DEVICE_IDS = flags.DEFINE_list("local_device_ids", None, "GPUs that this 
 _JOIN_TIMEOUT_S = flags.DEFINE_float("join_timeout_s", 600, "how long processes wait for one another at the start")
 _HEARTBEAT_TIMEOUT_S = flags.DEFINE_float("heartbeat_timeout_s", 100, "after so long without a sign of life a process "
                                           "counts as lost", lower_bound=1)  # fmt: skip
+_TIME_LIMIT_MINUTES = flags.DEFINE_float("time_limit_minutes", math.inf, "after so long the run ends as by SIGTERM",
+                                         lower_bound=0)  # fmt: skip
 _STOPPED_EXIT_CODE = flags.DEFINE_integer("stopped_exit_code", 0, "exit code after SIGTERM, for a scheduler that would "
                                           "take 0 for the end of the run")  # fmt: skip
 
@@ -41,7 +44,8 @@ def main() -> None:
                             local_device_ids=device_ids)  # fmt: skip
     try:
         with joined as all_processes:
-            stopped_by = train(config_flags.resolve(), _WORKDIR.value, processes=all_processes)
+            stopped_by = train(config_flags.resolve(), _WORKDIR.value, processes=all_processes,
+                               time_limit_s=60 * _TIME_LIMIT_MINUTES.value)  # fmt: skip
     except FloatingPointError as error:
         sys.exit(f"error: {error}")
     if stopped_by == signal.SIGINT:

@@ -10,6 +10,7 @@ average, metrics of every step up to n, held-out evaluation, checkpoint of step 
 import contextlib
 import dataclasses
 import functools
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -52,7 +53,8 @@ class Progress:
     corpus: str = ""  # fingerprint of the corpus
 
 
-def train(config: RunConfig, workdir: str | Path, *, processes: Processes = ALONE) -> signal.Signals | None:
+def train(config: RunConfig, workdir: str | Path, *, processes: Processes = ALONE,
+          time_limit_s: float = math.inf) -> signal.Signals | None:  # fmt: skip
     """Trains until the configured end, or until SIGTERM or SIGINT; the last step is saved either way.
 
     SIGUSR1 saves and goes on. A signal to one process is one to all.
@@ -64,6 +66,7 @@ def train(config: RunConfig, workdir: str | Path, *, processes: Processes = ALON
       config: the run.
       workdir: a directory that all processes share.
       processes: those of `join`.
+      time_limit_s: after so many seconds of training the run ends as by SIGTERM.
 
     Returns:
       The signal that ended the run early, None at its end; the same in all processes.
@@ -84,8 +87,8 @@ def train(config: RunConfig, workdir: str | Path, *, processes: Processes = ALON
     evaluate = _make_heldout_evaluation(config, mesh, corpus)
     processes.require_agreement(run_facts(config, workdir, corpus))
     make_shared(workdir, processes)
-    screens = Screen() if is_first() else SilentScreen()
-    with jax.set_mesh(mesh), screens as screen, Requests(mesh) as requests, contextlib.closing(batches):
+    on_screen, by_request = Screen() if is_first() else SilentScreen(), Requests(mesh, time_limit_s=time_limit_s)
+    with jax.set_mesh(mesh), on_screen as screen, by_request as requests, contextlib.closing(batches):
         checkpoints = TrainingCheckpoints(workdir, config)
         if is_first():
             copy_tokenizer(workdir, corpus)

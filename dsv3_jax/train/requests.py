@@ -1,7 +1,9 @@
-"""What people and schedulers ask of a running run: to stop (SIGTERM, SIGINT), or to save and go on (SIGUSR1)."""
+"""What is asked of a running run: to stop (SIGTERM, SIGINT, the end of its time), or to save and go on (SIGUSR1)."""
 
 import collections
+import math
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,13 @@ class Requests:
 
     A signal to one process is a request to all: after every step the processes exchange what they received, and read
     the exchange once the next step is under way, so that no device waits. By itself, a process obeys after the step
-    that is running; one of several, after the next. A second SIGINT interrupts at once.
+    that is running; one of several, after the next. A second SIGINT interrupts at once. The end of the time is a
+    SIGTERM that comes by itself.
     """
 
-    def __init__(self, mesh: jax.sharding.Mesh):
+    def __init__(self, mesh: jax.sharding.Mesh, *, time_limit_s: float = math.inf):
         self._mesh = mesh
+        self._end = time.monotonic() + time_limit_s
         self._received: collections.Counter = collections.Counter()
         self._agreed: set[signal.Signals] = set()
         self._exchanges: collections.deque[jax.Array] = collections.deque()
@@ -41,6 +45,8 @@ class Requests:
     def exchange(self) -> None:
         """Tells the other processes what this one received, and hears what any had received a step ago."""
         received, self._received = self._received, collections.Counter()
+        if time.monotonic() > self._end:
+            received[signal.SIGTERM] += 1
         if jax.process_count() == 1:
             self._agreed |= set(received)
             return

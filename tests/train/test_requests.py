@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import jax
 import pytest
@@ -30,6 +31,15 @@ def test_a_signal_to_stop_is_a_request(requests, number):
     assert requests.stop is number
     requests.exchange()
     assert requests.stop is number, "it stands"
+
+
+def test_the_end_of_the_time_is_a_request_to_stop():
+    with Requests(make_mesh(MeshConfig(), devices=jax.devices()[:1]), time_limit_s=0.2) as requests:
+        requests.exchange()
+        assert requests.stop is None
+        time.sleep(0.25)
+        requests.exchange()
+        assert requests.stop is signal.SIGTERM
 
 
 def test_a_signal_to_save_is_granted_once(requests):
