@@ -18,7 +18,16 @@ from dsv3_jax.model import experts
 from dsv3_jax.model.moe import EXPERTS, FP8_EXPERTS
 from dsv3_jax.plan import hlo, traffic
 from dsv3_jax.sharding import row_packing
-from dsv3_jax.sharding.expert_exchange import Capacity, ExpertFunctions, plan_capacity, serve
+from dsv3_jax.sharding.exchange_plan import copies_to_send
+from dsv3_jax.sharding.expert_exchange import (
+    Capacity,
+    ExpertFunctions,
+    Tokens,
+    combine,
+    dispatch,
+    plan_capacity,
+    serve,
+)
 from dsv3_jax.sharding.mesh import AXES, EXPERT_AXES, make_mesh
 from dsv3_jax.testing.tolerances import assert_close
 
@@ -202,6 +211,30 @@ def check_sixteen_devices():
 def check_bfloat16():
     check_routings({"node": 2, "gpu": 2}, 0.6, jnp.bfloat16)
     check_routings({"node": 2, "gpu": 2}, 1.25, jnp.bfloat16)
+
+
+def check_sums():
+    """Results add up in float32; in the node they are rounded to bfloat16 once. Exact, bit for bit."""
+    exchange = Exchange({"node": 2, "gpu": 4}, 100.0)
+    rng = np.random.default_rng(4)
+    experts_TK = routings(exchange.num_tokens, 8, 2)["uniform"].astype(np.int32)
+    x_TD = jnp.asarray(rng.normal(size=(exchange.num_tokens, HIDDEN)), jnp.bfloat16)
+    scale_R = jnp.asarray(rng.normal(size=8), jnp.bfloat16)  # what a device multiplies its rows with
+
+    def run(x_TD, experts_TK, scale_1):
+        tokens = Tokens(experts_TK, jnp.zeros(experts_TK.shape), x_TD)
+        waiting_TN = copies_to_send(experts_TK, exchange.capacity)
+        received, hops, _ = dispatch(tokens, waiting_TN, exchange.capacity)
+        is_here_R = jnp.any(received.experts_RK < exchange.capacity.experts_per_device, axis=1)
+        return combine(jnp.where(is_here_R[:, None], received.payload * scale_1, 0), hops)
+
+    tokens = P(TOKEN_AXES)
+    mapped = jax.shard_map(run, mesh=exchange.mesh, in_specs=(tokens,) * 3, out_specs=tokens, check_vma=False)
+    actual_TD = jax.jit(mapped, compiler_options=QUICK_COMPILE)(x_TD, experts_TK, scale_R)
+    reached_TR = np.any(experts_TK[:, :, None] // 4 == np.arange(8), axis=1)
+    y_TRD = np.asarray(x_TD[:, None] * scale_R[:, None]) * reached_TR[..., None].astype(x_TD.dtype)
+    y_TND = y_TRD.astype(np.float32).reshape(-1, 2, 4, HIDDEN).sum(axis=2).astype(x_TD.dtype)
+    np.testing.assert_array_equal(actual_TD, y_TND.astype(np.float32).sum(axis=1))
 
 
 def check_hundred_routings():

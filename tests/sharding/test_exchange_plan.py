@@ -1,5 +1,6 @@
 """Rounds send every copy once, within their quotas, and come to an end."""
 
+import dataclasses
 import functools
 
 import jax
@@ -30,6 +31,7 @@ CAPACITIES = [
     plan(40, 16, 4, 4, 1, 0.3),
     plan(40, 8, 4, 2, 4, 0.2),  # one expert a device
     plan(1, 8, 4, 2, 2, 1.25),
+    dataclasses.replace(plan(40, 16, 4, 1, 4, 0.3), device_rows=4, device_choices=13),
 ]
 
 

@@ -10,7 +10,7 @@ import pytest
 SCRIPT = pathlib.Path(__file__).with_name("exchange_devices.py")
 CHECKS = (
     "each_axis_alone", "axes_together", "sixteen_devices", "bfloat16", "hundred_routings", "rematerialised_layers",
-    "experts_of_the_model", "bytes",
+    "experts_of_the_model", "sums", "bytes",
 )  # fmt: skip
 
 
