@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from dsv3_jax.config import require
 
 QUOTA_MULTIPLE = 8  # quotas are multiples of this
-NEARLY_ALL = 0.9
+NEARLY_ALL = 0.9  # of the rows: to send all costs less than to arrange these
 DEVIATIONS = 5  # of a uniformly routed destination's load, for which there is room
 
 
