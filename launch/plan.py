@@ -19,6 +19,9 @@ from dsv3_jax import config_flags
 from dsv3_jax.config import MeshConfig, RunConfig, override, require
 
 PROGRAM = flags.DEFINE_enum("program", "train", ["train"], "what is compiled: an optimizer step")
+ROWS = flags.DEFINE_integer("rows", None, "sequences of a pass per device of replica x node x gpu; not given: as "
+                            "train.microbatch_size says, or 1",
+                            lower_bound=1)  # fmt: skip
 NUM_DEVICES = flags.DEFINE_list("num_devices", None, "devices in all, one plan for each; mesh.replica takes what the "
                                 "other axes leave; not given: the mesh as configured")  # fmt: skip
 HARDWARE = flags.DEFINE_enum("hardware", "h200", ["h100", "h200", "h800"], "what the devices are")
@@ -34,7 +37,8 @@ def main() -> None:
     config, chosen = config_flags.resolve(), hardware.find(HARDWARE.value, hardware_numbers())
     plans = []
     for sized in [config] if NUM_DEVICES.value is None else [with_devices(config, text) for text in NUM_DEVICES.value]:
-        plan = planning.make_plan(sized, absent_devices.absent_mesh(sized.mesh), chosen, program=PROGRAM.value)
+        plan = planning.make_plan(sized, absent_devices.absent_mesh(sized.mesh), chosen, program=PROGRAM.value,
+                                  rows=ROWS.value)  # fmt: skip
         report.show(plan)
         plans.append(plan)
         if OUTPUT.value:  # after every plan: a later one may fail

@@ -19,8 +19,9 @@ GRADIENTS = "gradients"
 KEPT = "kept activations"
 EXCHANGE = "exchange buffers"
 INPUTS = "other inputs"
+RESULTS = "new results"
 TEMPORARIES = "temporaries"
-KINDS = (MASTERS, MOMENTS, WEIGHTS, CACHE, GRADIENTS, KEPT, EXCHANGE, INPUTS, TEMPORARIES)
+KINDS = (MASTERS, MOMENTS, WEIGHTS, CACHE, GRADIENTS, KEPT, EXCHANGE, INPUTS, RESULTS, TEMPORARIES)
 
 _ARGUMENTS = {"state.params": MASTERS, "state.optimizer": MOMENTS, "params": WEIGHTS, "cache": CACHE}
 _WEIGHT_SOURCES = ("model/params.py", "sharding/zero.py")
@@ -64,19 +65,18 @@ def peak(
     """
     allocations, lives = _allocations(assignment), _lives(live_ranges)
     values = _fullest_moment(allocations, lives)
-    values += [
-        _Value(allocation.values[0].name, allocation.size, 0, allocation.values[0].type)
-        for allocation in allocations
-        if not allocation.is_arena and allocation.values
-    ]
     forward_end = _forward_end(program, live_ranges)
     buffers = []
     for value in values:
         origin = _origin(program, *_split_name(value.name))
         outlives_forward = lives.get(value.name, (0, 0))[1] > forward_end
         kind = _kind(program, origin, value.type, weight_sizes, outlives_forward)
-        path = origin.op_name if origin.op_name else origin.name
-        buffers.append(Buffer(value.name, kind, value.size, _plain(value.type), path))
+        buffers.append(_buffer(value, origin, kind))
+    for allocation in allocations:
+        if not allocation.is_arena and allocation.values:
+            value = dataclasses.replace(allocation.values[0], size=allocation.size)
+            origin = _origin(program, *_split_name(value.name))
+            buffers.append(_buffer(value, origin, _kind_of_argument(program, origin) or RESULTS))
     by_kind = dict.fromkeys(KINDS, 0)
     for buffer in buffers:
         by_kind[buffer.kind] += buffer.num_bytes
@@ -185,8 +185,9 @@ def _kind(
     program: Program, origin: Instruction, type_: str, weight_sizes: frozenset[int], outlives_forward: bool
 ) -> str:
     """Returns the kind of a buffer of the given type that an instruction fills."""
-    if origin.opcode == "parameter" and program.computation_of[origin.name] == program.entry:
-        return next((kind for prefix, kind in _ARGUMENTS.items() if origin.op_name.startswith(prefix)), INPUTS)
+    of_argument = _kind_of_argument(program, origin)
+    if of_argument is not None:
+        return of_argument
     files = program.files(origin)
     is_weight_size = _num_elements(type_) in weight_sizes
     differentiated = "jvp(" in origin.op_name
@@ -200,6 +201,18 @@ def _kind(
     if any(file.endswith(_EXCHANGE_SOURCES) for file in files):
         return EXCHANGE
     return TEMPORARIES
+
+
+def _kind_of_argument(program: Program, origin: Instruction) -> str | None:
+    """Returns the kind of one of the program's arguments, by its name there; None for anything else."""
+    if origin.opcode != "parameter" or program.computation_of[origin.name] != program.entry:
+        return None
+    return next((kind for prefix, kind in _ARGUMENTS.items() if origin.op_name.startswith(prefix)), INPUTS)
+
+
+def _buffer(value: _Value, origin: Instruction, kind: str) -> Buffer:
+    path = origin.op_name if origin.op_name else origin.name
+    return Buffer(value.name, kind, value.size, _plain(value.type), path)
 
 
 def _is_forward(instruction: Instruction) -> bool:

@@ -7,7 +7,7 @@ import time
 
 import jax
 
-from dsv3_jax.config import RunConfig
+from dsv3_jax.config import RunConfig, require
 from dsv3_jax.kernels import device
 from dsv3_jax.plan import flops, memory, programs, roofline, traffic
 from dsv3_jax.plan.compilation import compile_program
@@ -64,16 +64,27 @@ class Plan:
         return None if self.fits or room <= 0 else math.ceil(in_layers / room)
 
 
-def make_plan(config: RunConfig, mesh: jax.sharding.Mesh, hardware: Hardware, *, program: str = "train") -> Plan:
+PROGRAMS = {"train": programs.train}
+
+
+def make_plan(
+    config: RunConfig, mesh: jax.sharding.Mesh, hardware: Hardware, *, program: str = "train", rows: int | None = None
+) -> Plan:
     """Compiles a program for the devices of a mesh, present or absent, and counts what it needs.
 
+    Args:
+      program: of PROGRAMS.
+      rows: sequences that each batch shard (of replica, node, gpu) works on at a time; None: the program's default.
+
     Raises:
-      ValueError: an unknown program, or a network or batch that does not split over the mesh.
+      ValueError: an unknown program, no rows, or a network or batch that does not split over the mesh.
     """
+    require(program in PROGRAMS, "--program", program, f"choose one of {', '.join(PROGRAMS)}")
+    require(rows is None or rows > 0, "--rows", rows, "must be positive")
     begin = time.monotonic()
     is_for_gpu = mesh.devices.flat[0].platform != "cpu"
     with device.lowering_for_hopper() if is_for_gpu else contextlib.nullcontext():
-        traced_program = programs.find(program)(config, mesh)
+        traced_program = PROGRAMS[program](config, mesh, rows=rows)
         lowered = traced_program.traced.lower()
     compilation = compile_program(lowered)
     work = flops.count(

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from dsv3_jax.config import RunConfig, override, require
+from dsv3_jax.config import RunConfig, override
 from dsv3_jax.model import param_specs, param_splits
 from dsv3_jax.plan import hlo
 from dsv3_jax.sharding.mesh import num_batch_shards
@@ -48,13 +48,9 @@ class Program:
         return self.num_passes if any(file.endswith(_STEP_SOURCE) for file in files[:1]) else 1
 
 
-def train(config: RunConfig, mesh: jax.sharding.Mesh) -> Program:
-    """Traces one optimizer step on the whole batch.
-
-    Without `train.microbatch_size`, a pass takes one sequence per device of the batch axes, and the batch is rounded up
-    to whole passes.
-    """
-    config = with_whole_passes(config, num_batch_shards(mesh))
+def train(config: RunConfig, mesh: jax.sharding.Mesh, *, rows: int | None) -> Program:
+    """Traces one optimizer step on the whole batch; `rows` as for `with_whole_passes`."""
+    config = with_whole_passes(config, num_batch_shards(mesh), rows=rows)
     recipe, length = config.train, config.data.sequence_length
     own_tokens = recipe.rows_per_pass * length // (num_batch_shards(mesh) * mesh.shape["tensor"])
     tokens = recipe.batch_size * length
@@ -70,13 +66,19 @@ def train(config: RunConfig, mesh: jax.sharding.Mesh) -> Program:
     )
 
 
-def with_whole_passes(config: RunConfig, num_shards: int) -> RunConfig:
-    """Returns the configuration with a batch that does not grow, of passes that the devices share evenly."""
-    batch = {"train.batch_ramp_tokens": 0}
-    if not config.train.microbatch_size:
-        num_passes = -(-config.train.batch_size // num_shards)
-        batch |= {"train.microbatch_size": num_shards, "train.batch_size": num_passes * num_shards}
-    return override(config, batch)
+def with_whole_passes(config: RunConfig, num_shards: int, *, rows: int | None) -> RunConfig:
+    """Returns the configuration with a batch that does not grow, of passes that the devices share evenly.
+
+    Args:
+      rows: sequences per batch shard and pass; the batch is rounded up to whole passes. None: what
+        `train.microbatch_size` says, or one.
+    """
+    if config.train.microbatch_size and rows is None:
+        return override(config, {"train.batch_ramp_tokens": 0})
+    rows_per_pass = num_shards * (1 if rows is None else rows)
+    num_passes = -(-config.train.batch_size // rows_per_pass)
+    batch = {"train.microbatch_size": rows_per_pass, "train.batch_size": num_passes * rows_per_pass}
+    return override(config, batch | {"train.batch_ramp_tokens": 0})
 
 
 def weight_sizes(config: RunConfig, mesh: jax.sharding.Mesh) -> frozenset[int]:
@@ -89,16 +91,3 @@ def weight_sizes(config: RunConfig, mesh: jax.sharding.Mesh) -> frozenset[int]:
             shape = jax.sharding.NamedSharding(mesh, partition).shard_shape(spec.shape)
             sizes.add(math.prod(shape))
     return frozenset(size for size in sizes if size > 1)
-
-
-PROGRAMS: dict[str, Callable[[RunConfig, jax.sharding.Mesh], Program]] = {"train": train}
-
-
-def find(name: str) -> Callable[[RunConfig, jax.sharding.Mesh], Program]:
-    """Returns the function that traces the named program.
-
-    Raises:
-      ValueError: there is none of that name.
-    """
-    require(name in PROGRAMS, "--program", name, f"choose one of {', '.join(PROGRAMS)}")
-    return PROGRAMS[name]

@@ -38,17 +38,19 @@ def show(plan: Plan) -> None:
 
 def verdict(plan: Plan) -> list[str]:
     """Says in words whether a plan fits, what is largest, and what takes longest."""
-    peak, usable = plan.peak_memory / 1e9, plan.usable_memory / 1e9
+    peak, usable, over = (
+        _bytes(size) for size in (plan.peak_memory, plan.usable_memory, plan.peak_memory - plan.usable_memory)
+    )
     lines = []
     if plan.fits:
-        lines.append(f"fits: {peak:,.1f} of {usable:,.1f} GB")
+        lines.append(f"fits: {peak} of {usable}")
     else:
         by_size = sorted(plan.memory.items(), key=lambda item: -item[1])[:3]
-        parts = ", ".join(f"{kind} {size / 1e9:,.1f}" for kind, size in by_size)
-        lines.append(f"does not fit: {peak:,.1f} GB, {peak - usable:,.1f} GB more than {usable:,.1f}; largest: {parts}")
+        parts = ", ".join(f"{kind} {_bytes(size)}" for kind, size in by_size)
+        lines.append(f"does not fit: {peak}, {over} more than {usable}; largest: {parts}")
         if plan.stages_to_fit is not None:
             lines.append(
-                f"pipeline parallelism would have to save {peak - usable:,.1f} GB: weights and gradients divided "
+                f"pipeline parallelism would have to save {over}: weights and gradients divided "
                 f"among {plan.stages_to_fit} or more stages"
             )
     slowest = sum(plan.busy_seconds.values())
@@ -60,8 +62,8 @@ def verdict(plan: Plan) -> list[str]:
     if plan.needed_flops:
         share = plan.needed_flops / plan.least_seconds / 1e12 / plan.hardware.bf16_tflops
         lines.append(
-            f"{plan.needed_flops / 1e12:,.1f} TFLOP needed by the usual count, {sum(plan.flops.values()) / 1e12:,.1f} "
-            f"executed; at most {share:.0%} of the BF16 peak"
+            f"{_scaled(plan.needed_flops, 'FLOP')} needed by the usual count, "
+            f"{_scaled(sum(plan.flops.values()), 'FLOP')} executed; at most {share:.0%} of the BF16 peak"
         )
     return lines
 
@@ -128,10 +130,10 @@ def _label(plan: Plan) -> str:
 
 
 def _memory_table(plan: Plan) -> rich.table.Table:
-    table = _table("memory of one device at the peak", "kind", "GB", "share")
+    table = _table("memory of one device at the peak", "kind", "bytes", "share")
     for kind, size in plan.memory.items():
-        table.add_row(kind, f"{size / 1e9:,.2f}", f"{size / plan.peak_memory:.0%}")
-    table.add_row("all", f"{plan.peak_memory / 1e9:,.2f}", "")
+        table.add_row(kind, _bytes(size), f"{size / plan.peak_memory:.0%}")
+    table.add_row("all", _bytes(plan.peak_memory), "")
     return table
 
 
@@ -141,7 +143,7 @@ def _time_table(plan: Plan) -> rich.table.Table:
     for precision, work in plan.flops.items():
         busy = plan.busy_seconds[f"{precision} products"]
         rate = f"{hardware.tflops(precision):,.0f} TFLOP/s"
-        table.add_row(f"{precision} products", f"{work / 1e12:,.1f} TFLOP", rate, _seconds(busy))
+        table.add_row(f"{precision} products", _scaled(work, "FLOP"), rate, _seconds(busy))
     rates = {
         "memory": hardware.memory_gb_per_s,
         "nvlink": hardware.nvlink_gb_per_s,
@@ -149,23 +151,23 @@ def _time_table(plan: Plan) -> rich.table.Table:
     }
     for name, rate in rates.items():
         busy = plan.busy_seconds[name]
-        table.add_row(name, f"{busy * rate:,.1f} GB", f"{rate:,.0f} GB/s", _seconds(busy))
+        table.add_row(name, _bytes(busy * rate * 1e9), f"{rate:,.0f} GB/s", _seconds(busy))
     return table
 
 
 def _collective_table(plan: Plan) -> rich.table.Table:
-    table = _table("sent by one device", "collective", "axes", "devices", "hosts", "runs", "GB")
+    table = _table("sent by one device", "collective", "axes", "devices", "hosts", "runs", "bytes")
     for found in plan.collectives:
         if found.sent_bytes:
             table.add_row(found.kind, ", ".join(found.axes), str(found.group_size), str(found.group_hosts),
-                          f"{found.num_runs:,}", f"{found.sent_bytes / 1e9:,.3f}")  # fmt: skip
+                          f"{found.num_runs:,}", _bytes(found.sent_bytes))  # fmt: skip
     return table
 
 
 def _buffer_table(plan: Plan) -> rich.table.Table:
-    table = _table("largest buffers at the peak", "kind", "GB", "array", "from")
+    table = _table("largest buffers at the peak", "kind", "bytes", "array", "from")
     for buffer in plan.largest_buffers[:LISTED_BUFFERS]:
-        table.add_row(buffer.kind, f"{buffer.num_bytes / 1e9:,.2f}", buffer.type, buffer.origin[-60:])
+        table.add_row(buffer.kind, _bytes(buffer.num_bytes), buffer.type, buffer.origin[-60:])
     return table
 
 
@@ -177,9 +179,21 @@ def _table(title: str, *columns: str) -> rich.table.Table:
     return table
 
 
+def _bytes(size: float) -> str:
+    return _scaled(size, "B")
+
+
 def _seconds(seconds: float) -> str:
-    if seconds == 0:
+    return _scaled(seconds, "s")
+
+
+def _scaled(value: float, unit: str) -> str:
+    """Returns a quantity with three digits and the prefix that keeps it between 1 and 1000."""
+    if value == 0:
         return "0"
-    unit, factor = next((pair for pair in (("s", 1), ("ms", 1e3)) if seconds * pair[1] >= 1), ("µs", 1e6))
-    digits = max(0, 2 - math.floor(math.log10(seconds * factor)))
-    return f"{seconds * factor:,.{digits}f} {unit}"
+    prefixes = {1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1: "", 1e-3: "m", 1e-6: "µ", 1e-9: "n"}
+    factor = next((factor for factor in prefixes if abs(value) >= factor), 1e-9)
+    if unit == "s" and factor > 1:
+        factor = 1
+    digits = max(0, 2 - math.floor(math.log10(abs(value) / factor)))
+    return f"{value / factor:,.{digits}f} {prefixes[factor]}{unit}"

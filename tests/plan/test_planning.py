@@ -76,11 +76,11 @@ def test_small_network_fits_and_says_what_takes_longest(plans, name):
 
 def test_batch_that_devices_cannot_share_is_rounded_up_to_whole_passes():
     config = override(RunConfig(), {"train.batch_size": 15360, "train.batch_ramp_tokens": 0})
-    whole = programs.with_whole_passes(config, 2048)
+    whole = programs.with_whole_passes(config, 2048, rows=None)
     assert (whole.train.batch_size, whole.train.rows_per_pass, whole.train.max_passes) == (16384, 2048, 8)
 
 
 def test_chosen_microbatch_is_kept():
     config = override(RunConfig(), {"train.microbatch_size": 512})
-    whole = programs.with_whole_passes(config, 2048)
+    whole = programs.with_whole_passes(config, 2048, rows=None)
     assert (whole.train.batch_size, whole.train.microbatch_size) == (config.train.batch_size, 512)

@@ -1,0 +1,73 @@
+"""What a plan says of itself."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dsv3_jax.plan import hardware, memory, report
+from dsv3_jax.plan.planning import Plan
+from dsv3_jax.plan.traffic import Collective
+
+GB = 10**9
+PLAN = Plan(
+    program="train",
+    work="one step",
+    mesh={"pipe": 1, "replica": 1, "node": 8, "gpu": 8, "tensor": 1},
+    hardware=hardware.HARDWARE["h200"],
+    tokens=64_000,
+    memory={memory.MASTERS: 20 * GB, memory.WEIGHTS: 30 * GB, memory.GRADIENTS: 50 * GB, memory.TEMPORARIES: 10 * GB},
+    largest_buffers=(memory.Buffer("w", memory.GRADIENTS, 27 * GB, "f32[58,4,7168]", "jit(step)/transpose(jvp())"),),
+    usable_memory=146 * GB,
+    flops={"bf16": 1e15},
+    needed_flops=8e14,
+    memory_traffic=4800 * GB,
+    collectives=(Collective("all-to-all", ("node",), 58, 7 * GB, 8, 8),),
+    busy_seconds={"bf16 products": 1.01, "memory": 1.0, "nvlink": 0.0, "network": 0.14},
+    compile_seconds=60.0,
+)
+TOO_LARGE = dataclasses.replace(PLAN, usable_memory=70 * GB)
+
+
+def test_plan_that_fits_says_of_how_much_and_what_takes_longest():
+    fits, slowest, needed = report.verdict(PLAN)
+    assert fits == "fits: 110 GB of 146 GB"
+    assert "dominated by products" in slowest and "1.01 s" in slowest and "990 tokens/s" in slowest
+    assert "800 TFLOP needed" in needed and "1.00 PFLOP executed" in needed
+
+
+def test_plan_that_does_not_fit_says_by_how_much_what_is_largest_and_what_a_pipeline_must_save():
+    over, pipeline, *_ = report.verdict(TOO_LARGE)
+    assert "110 GB, 40.0 GB more than 70.0 GB" in over and "gradients 50.0 GB, weights as computed with 30.0 GB" in over
+    assert "save 40.0 GB" in pipeline and "2 or more stages" in pipeline
+
+
+@pytest.mark.parametrize(("usable", "stages"), [(110, None), (109, 2), (70, 2), (50, 4), (31, 80), (30, None)])
+def test_stages_leave_room_for_what_they_do_not_divide(usable, stages):
+    """30 GB are not divided: 80 GB over the stages must fit into what they leave."""
+    assert dataclasses.replace(PLAN, usable_memory=usable * GB).stages_to_fit == stages
+
+
+def test_json_and_plot_hold_every_plan(tmp_path):
+    report.write_json([PLAN, TOO_LARGE], str(tmp_path / "plan.json"))
+    report.write_plot([PLAN, TOO_LARGE], str(tmp_path / "plan.png"))
+    first, second = json.loads((tmp_path / "plan.json").read_text())
+    assert (first["fits"], second["fits"], second["stages_to_fit"]) == (True, False, 2)
+    assert first["collectives"][0]["axes"] == ["node"] and first["peak_memory"] == 110 * GB
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_table_shows_kinds_resources_and_collectives(capsys):
+    report.show(TOO_LARGE)
+    shown = capsys.readouterr().out
+    for text in (
+        "64 x H200",
+        "gradients",
+        "45%",
+        "all-to-all",
+        "7.00 GB",
+        "does not fit",
+        "f32[58,4,7168]",
+        "data sheet",
+    ):
+        assert text in shown, text
