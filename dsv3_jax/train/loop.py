@@ -29,7 +29,7 @@ from dsv3_jax.checkpoint.training import (
 from dsv3_jax.config import RunConfig, require
 from dsv3_jax.data import Corpus, Tokenizer, TrainBatches, heldout_windows, open_corpus
 from dsv3_jax.data.prepared import TOKENIZER
-from dsv3_jax.sharding.mesh import make_mesh, num_batch_shards
+from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.sharding.processes import ALONE, Processes, is_first
 from dsv3_jax.train import schedule
 from dsv3_jax.train.activation_memory import activation_lines
@@ -87,14 +87,15 @@ def train(config: RunConfig, workdir: str | Path, *, processes: Processes = ALON
     evaluate = _make_heldout_evaluation(config, mesh, corpus)
     processes.require_agreement(run_facts(config, workdir, corpus))
     make_shared(workdir, processes)
-    on_screen, by_request = Screen() if is_first() else SilentScreen(), Requests(mesh, time_limit_s=time_limit_s)
-    with jax.set_mesh(mesh), on_screen as screen, by_request as requests, contextlib.closing(batches):
+    screen = Screen() if is_first() else SilentScreen()
+    requests = Requests(mesh, time_limit_s=time_limit_s)
+    with jax.set_mesh(mesh), screen, requests, contextlib.closing(batches):
         checkpoints = TrainingCheckpoints(workdir, config)
         if is_first():
             copy_tokenizer(workdir, corpus)
         state, ema = _start_or_resume(config, mesh, checkpoints, workdir, screen)
         reporter = _Reporter(config, workdir, progress.step, screen, batches, num_devices=mesh.size)
-        for line in source_lines(batches) + activation_lines(config, num_batch_shards=num_batch_shards(mesh)):
+        for line in source_lines(batches) + activation_lines(config, mesh):
             screen.say(line)
         is_saved, is_evaluated = newest_step(workdir) == progress.step, progress.step > 0
 
