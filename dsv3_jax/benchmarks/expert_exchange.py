@@ -34,7 +34,7 @@ NCCL, ALL_TO_ALL = "NCCL (torch)", "all_to_all"
 WHOLE = "exchange"
 OPTIONS = {
     "": {},
-    ", latency hiding": {"xla_gpu_enable_latency_hiding_scheduler": True},
+    ", synchronous": {"xla_gpu_disable_async_collectives": "ALLCOLLECTIVES"},
     ", registered buffers": {"xla_gpu_enable_nccl_user_buffers": True},
 }  # fmt: skip
 
@@ -55,7 +55,8 @@ class Exchange:
 
     @property
     def case(self) -> str:
-        return f"{self.tokens} tokens, node={self.nodes} gpu={self.devices_per_node}, {self.routing}"
+        axes = f"node={self.nodes} gpu={self.devices_per_node}"
+        return f"{self.tokens} tokens of {self.top_k} experts, {axes}, {self.routing}"
 
     @property
     def num_experts(self) -> int:
@@ -111,7 +112,8 @@ def exchange_rows(*, with_torch: bool) -> list[Row]:
     num_devices = jax.device_count()
     require(num_devices > 1, "suite", "exchange", "needs several devices of one host, and JAX found one")
     cases = [Exchange(4096, 1, num_devices), Exchange(8192, 1, num_devices)]
-    cases += [Exchange(8192, 1, num_devices, routing=ONE_DEVICE)]
+    cases.append(Exchange(8192, 1, num_devices, routing=ONE_DEVICE))
+    cases.append(Exchange(8192, 1, num_devices, top_k=1, topk_group=1))  # most copies stay away from most devices
     if num_devices % 2 == 0:
         cases.append(Exchange(8192, 2, num_devices // 2))
     return measure(cases, with_torch=with_torch)

@@ -31,13 +31,13 @@ from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import as_scalars, lower_train_step, split_batch
 
 WARMUP_STEPS, STEPS, TRACED_STEPS = 2, 5, 2
-OPTIONS = {"": {}, ", latency hiding": {"xla_gpu_enable_latency_hiding_scheduler": True}}  # of XLA's compiler
+OPTIONS = {"": {}, ", synchronous": {"xla_gpu_disable_async_collectives": "ALLCOLLECTIVES"}}  # of XLA
 SENDS = ("all_to_all", "all_gather", "ppermute")  # what tokens travel by; inside the loop over layers nothing else does
 SHOWN_KERNELS = 12  # of those beside the exchange
 
 
 def expert_parallel_rows(workload_name: str, *, precisions: Sequence[str] | None) -> list[Row]:
-    """Measures the workload on one device and with its experts spread over all, without and with latency hiding.
+    """Measures the workload on one device and with its experts spread over all, also with nothing beside a collective.
 
     "ms exchange" is the time a device's kernels send tokens or wait for them, "hidden" the share of it during which the
     device computed. Further rows list the collectives, and the kernels that ran beside the exchange.
