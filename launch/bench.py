@@ -23,7 +23,8 @@ PEERS = {
     "exchange": "torch", "expert_parallel": "none", "train_step": "transformers", "decode": "transformers",
     "loader": "none",
 }  # fmt: skip
-ALL = [suite for suite in PEERS if suite not in ("exchange", "expert_parallel", "decode", "loader")]
+SEVERAL_DEVICES = ("exchange", "expert_parallel")
+ALL = [suite for suite in PEERS if suite not in (*SEVERAL_DEVICES, "decode", "loader")]
 SUITES = flags.DEFINE_multi_enum("suite", None, [*PEERS, "all"], "what is measured; may be repeated", required=True)
 PEER = flags.DEFINE_enum("peer", "none", ["torch", "transformers", "all", "none"], "what is measured beside it")
 WORKLOAD = flags.DEFINE_enum("workload", None, ["small", "slice"], "network of a whole step; not given: by device")
@@ -44,7 +45,8 @@ def main() -> None:
             raise ValueError(f"--peer={PEER.value}: the peer of --suite={suite} is {PEERS[suite]}; use it or all")
     measured = {}
     for suite in suites:
-        measured[suite] = rows = measure(suite, with_peer=PEER.value != "none")
+        measure_suite = measure_several_devices if suite in SEVERAL_DEVICES else measure
+        measured[suite] = rows = measure_suite(suite, with_peer=PEER.value != "none")
         report.show(f"{suite} on {jax.devices()[0].device_kind}", rows)
         if JSON.value:  # after every suite: a later one may fail
             report.save(JSON.value, measured)
@@ -76,25 +78,37 @@ def measure(suite: str, *, with_peer: bool) -> list[dict]:
         if with_peer and platform != "gpu":
             raise ValueError("--suite=accumulation: torch's FP8 product needs a GPU; use --peer=none")
         return accumulation.error_rows(with_torch=with_peer)
-    if suite == "exchange":
-        from dsv3_jax.benchmarks import expert_exchange
-
-        return expert_exchange.exchange_rows(with_torch=with_peer)
-    workload = WORKLOAD.value or ("slice" if platform == "gpu" else "small")
+    workload = chosen_workload()
     if suite == "loader":
         from dsv3_jax.benchmarks import loader
 
         return loader.loader_rows(workload, corpus_directory=CORPUS.value)
     peer = PEERS[suite] if with_peer else None
-    if suite == "expert_parallel":
-        from dsv3_jax.benchmarks import expert_parallel
-
-        return expert_parallel.expert_parallel_rows(workload, precisions=PRECISIONS.value)
     from dsv3_jax.benchmarks import whole_steps
 
     if suite == "decode":
         return whole_steps.decode_rows(workload, peer=peer)
     return whole_steps.train_step_rows(workload, peer=peer, precisions=PRECISIONS.value)
+
+
+def measure_several_devices(suite: str, *, with_peer: bool) -> list[dict]:
+    """Returns the rows of one suite of `SEVERAL_DEVICES`.
+
+    Raises:
+      ValueError: there is one device only.
+    """
+    from dsv3_jax.benchmarks import expert_exchange, expert_parallel
+
+    if suite == "exchange":
+        return expert_exchange.exchange_rows(with_torch=with_peer)
+    return expert_parallel.expert_parallel_rows(chosen_workload(), precisions=PRECISIONS.value)
+
+
+def chosen_workload() -> str:
+    """Returns the network of whole steps: the flag's, else what suits the device."""
+    import jax
+
+    return WORKLOAD.value or ("slice" if jax.default_backend() == "gpu" else "small")
 
 
 if __name__ == "__main__":
