@@ -18,9 +18,10 @@ from absl import flags
 from dsv3_jax import config_flags
 from dsv3_jax.config import MeshConfig, RunConfig, override, require
 
-PROGRAM = flags.DEFINE_enum("program", "train", ["train"], "what is compiled: an optimizer step")
-ROWS = flags.DEFINE_integer("rows", None, "sequences of a pass per device of replica x node x gpu; not given: as "
-                            "train.microbatch_size says, or 1",
+PROGRAM = flags.DEFINE_enum("program", "train", ["train", "prefill", "decode"], "what is compiled: an optimizer step, "
+                            "reading prompts of data.sequence_length tokens, or one token after as many")  # fmt: skip
+ROWS = flags.DEFINE_integer("rows", None, "sequences of a pass, prompts or decoded rows per device of replica x node x "
+                            "gpu; not given: as the configuration's passes, or 1, and for decode one per tensor device",
                             lower_bound=1)  # fmt: skip
 NUM_DEVICES = flags.DEFINE_list("num_devices", None, "devices in all, one plan for each; mesh.replica takes what the "
                                 "other axes leave; not given: the mesh as configured")  # fmt: skip

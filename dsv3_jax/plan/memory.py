@@ -74,9 +74,7 @@ def peak(
         buffers.append(_buffer(value, origin, kind))
     for allocation in allocations:
         if not allocation.is_arena and allocation.values:
-            value = dataclasses.replace(allocation.values[0], size=allocation.size)
-            origin = _origin(program, *_split_name(value.name))
-            buffers.append(_buffer(value, origin, _kind_of_argument(program, origin) or RESULTS))
+            buffers.append(_buffer_outside(program, allocation))
     by_kind = dict.fromkeys(KINDS, 0)
     for buffer in buffers:
         by_kind[buffer.kind] += buffer.num_bytes
@@ -184,10 +182,9 @@ def _join_name(instruction: str, index: str) -> str:
 def _kind(
     program: Program, origin: Instruction, type_: str, weight_sizes: frozenset[int], outlives_forward: bool
 ) -> str:
-    """Returns the kind of a buffer of the given type that an instruction fills."""
-    of_argument = _kind_of_argument(program, origin)
-    if of_argument is not None:
-        return of_argument
+    """Returns the kind of a buffer in the arena, of the given type, that an instruction fills."""
+    if _kind_of_argument(program, origin) is not None:
+        return TEMPORARIES  # a copy
     files = program.files(origin)
     is_weight_size = _num_elements(type_) in weight_sizes
     differentiated = "jvp(" in origin.op_name
@@ -201,6 +198,17 @@ def _kind(
     if any(file.endswith(_EXCHANGE_SOURCES) for file in files):
         return EXCHANGE
     return TEMPORARIES
+
+
+def _buffer_outside(program: Program, allocation: _Allocation) -> Buffer:
+    """Returns an argument, which a result may replace, or a result with a place of its own."""
+    for value in allocation.values:
+        instruction = program.instructions[_split_name(value.name)[0]]
+        kind = _kind_of_argument(program, instruction)
+        if kind is not None:
+            return _buffer(value, instruction, kind)
+    value = dataclasses.replace(allocation.values[0], size=allocation.size)
+    return _buffer(value, _origin(program, *_split_name(value.name)), RESULTS)
 
 
 def _kind_of_argument(program: Program, origin: Instruction) -> str | None:

@@ -9,7 +9,7 @@ import jax
 
 from dsv3_jax.config import RunConfig, require
 from dsv3_jax.kernels import device
-from dsv3_jax.plan import flops, memory, programs, roofline, traffic
+from dsv3_jax.plan import flops, memory, programs, roofline, serving, traffic
 from dsv3_jax.plan.compilation import compile_program
 from dsv3_jax.plan.hardware import Hardware
 
@@ -64,7 +64,7 @@ class Plan:
         return None if self.fits or room <= 0 else math.ceil(in_layers / room)
 
 
-PROGRAMS = {"train": programs.train}
+PROGRAMS = {"train": programs.train, "prefill": serving.prefill, "decode": serving.decode}
 
 
 def make_plan(

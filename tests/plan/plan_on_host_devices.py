@@ -37,6 +37,7 @@ CASES = {
     "tensor": (DENSE, {"gpu": 4, "tensor": 2}),
     "experts": (EXPERTS, {"replica": 2, "node": 2, "gpu": 2}),
 }
+SERVING_AXES, SERVED_ROWS = {"node": 2, "gpu": 2, "tensor": 2}, 4
 
 
 def run_config(model: ModelConfig, axes: dict[str, int]) -> RunConfig:
@@ -65,6 +66,11 @@ def main() -> None:
         config = run_config(model, axes)
         mesh = make_mesh(config.mesh)
         plan = make_plan(config, mesh, HARDWARE["h200"])
+        results[name] = report.as_json(plan) | {"stored": stored_bytes(config, mesh)}
+    config = run_config(EXPERTS, SERVING_AXES)
+    mesh = make_mesh(config.mesh)
+    for name in ("prefill", "decode"):
+        plan = make_plan(config, mesh, HARDWARE["h200"], program=name, rows=SERVED_ROWS)
         results[name] = report.as_json(plan) | {"stored": stored_bytes(config, mesh)}
     print(json.dumps(results))
 

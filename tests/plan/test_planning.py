@@ -29,8 +29,8 @@ def sent(plan: dict, kind: str, *axes: str) -> int:
 def test_state_takes_the_bytes_of_its_partitions(plans, name):
     plan = plans[name]
     assert plan["memory"][memory.MASTERS] == plan["stored"]["master"]
-    moments = plan["memory"][memory.MOMENTS] - plan["stored"]["master"]  # two of 2 bytes; results padded to 4 on CPU
-    assert 0 <= moments <= 2048
+    count_of_steps = 4
+    assert plan["memory"][memory.MOMENTS] == plan["stored"]["master"] + count_of_steps, "two moments of 2 bytes"
 
 
 @pytest.mark.parametrize(("name", "shards"), [("zero", 8), ("tensor", 4)])
@@ -72,6 +72,18 @@ def test_small_network_fits_and_says_what_takes_longest(plans, name):
     plan = plans[name]
     assert plan["fits"] and plan["verdict"][0].startswith("fits")
     assert plan["least_seconds"] <= sum(plan["busy_seconds"].values())
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+def test_serving_holds_the_parts_of_weights_it_computes_with(plans, name):
+    assert plans[name]["memory"][memory.WEIGHTS] == plans[name]["stored"]["compute"]
+
+
+def test_decoding_holds_the_latents_of_its_rows(plans):
+    """16 + 16 numbers per token and layer, with room for every token, and every row's length."""
+    rows = 4
+    assert plans["decode"]["memory"][memory.CACHE] == rows * LENGTH * LAYERS * 32 * BYTES + rows * BYTES
+    assert plans["decode"]["tokens"] == 4 * rows and plans["prefill"]["tokens"] == 4 * rows * LENGTH
 
 
 def test_batch_that_devices_cannot_share_is_rounded_up_to_whole_passes():

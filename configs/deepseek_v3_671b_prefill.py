@@ -1,0 +1,24 @@
+"""Reads prompts with DeepSeek-V3 on 32 GPUs, in the report's layout (§3.4.1): TP4 with SP, DP8, EP32.
+
+Command:   python launch/plan.py --config=configs/deepseek_v3_671b_prefill.py --program=prefill
+Hardware:  4 nodes x 8 H200; the report: H800.
+Cost:      the least time, bytes and memory are what the command prints.
+Result:    8 prompts of 4096 tokens at a time, one per group of 4 GPUs.
+
+The report keeps 32 redundant experts besides, one more on every GPU; here every expert exists once.
+"""
+
+from dsv3_jax.config import DataConfig, MeshConfig, ModelConfig, RopeScaling, RunConfig, TrainConfig
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(
+            num_nextn_predict_layers=0,
+            rope_scaling=RopeScaling(factor=40, original_max_position_embeddings=4096),
+            precision="fp8",
+        ),
+        mesh=MeshConfig(node=4, gpu=2, tensor=4),
+        data=DataConfig(sequence_length=4096),
+        train=TrainConfig(batch_size=8, batch_ramp_tokens=0),
+    )

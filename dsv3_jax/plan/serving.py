@@ -1,0 +1,55 @@
+"""Prefill and decoding as programs that can be planned."""
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.config import RunConfig
+from dsv3_jax.model import init_cache
+from dsv3_jax.plan.programs import Program
+from dsv3_jax.serve import on_mesh
+from dsv3_jax.sharding.mesh import num_batch_shards
+
+
+def prefill(config: RunConfig, mesh: jax.sharding.Mesh, *, rows: int | None) -> Program:
+    """Traces reading prompts of data.sequence_length tokens, `rows` (by default one) per batch shard."""
+    length, shards = config.data.sequence_length, num_batch_shards(mesh)
+    batch_size = shards * (1 if rows is None else rows)
+    step = on_mesh.make_prefill(config.model, mesh, batch_size=batch_size, length=length)
+    params = on_mesh.abstract_params(config.model, mesh, for_decoding=False)
+    tokens_BT = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+    lengths_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    cache = jax.eval_shape(lambda: init_cache(config.model, batch_size, length))
+    work = f"reading {batch_size:,} prompts of {length:,} tokens"
+    return _program(
+        "prefill", step.trace(params, tokens_BT, lengths_B, cache), work, config, mesh, tokens=batch_size * length
+    )
+
+
+def decode(config: RunConfig, mesh: jax.sharding.Mesh, *, rows: int | None) -> Program:
+    """Traces one token for `rows` sequences (by default one per tensor device) per batch shard.
+
+    Caches have room for data.sequence_length tokens.
+    """
+    length, shards = config.data.sequence_length, num_batch_shards(mesh)
+    batch_size = shards * (mesh.shape["tensor"] if rows is None else rows)
+    step = on_mesh.make_decode_step(config.model, mesh, batch_size=batch_size)
+    params = on_mesh.abstract_params(config.model, mesh, for_decoding=True)
+    tokens_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    cache = jax.eval_shape(lambda: init_cache(config.model, batch_size, length))
+    work = f"one token for {batch_size:,} sequences with caches of {length:,} tokens"
+    return _program("decode", step.trace(params, tokens_B, cache), work, config, mesh, tokens=batch_size)
+
+
+def _program(
+    name: str, traced: jax.stages.Traced, work: str, config: RunConfig, mesh: jax.sharding.Mesh, *, tokens: int
+) -> Program:
+    return Program(
+        name=name,
+        traced=traced,
+        work=work,
+        tokens=tokens,
+        needed_flops=None,
+        expert_rows=tokens * config.model.num_experts_per_tok // mesh.size,
+        num_passes=1,
+        weight_sizes=frozenset(),  # nothing is differentiated
+    )
