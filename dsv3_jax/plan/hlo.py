@@ -125,6 +125,8 @@ def parse(text: str) -> Program:
             entry = match.group(2) if match.group(1) else entry
         elif current is not None and " = " in line:
             instruction = _parse_instruction(line.strip())
+            for operand in instruction.operands:
+                _add_element(current, operand)
             current[instruction.name] = instruction
     if entry is None:
         raise ValueError("HLO text: no entry computation; it must be that of a compiled module")
@@ -169,9 +171,20 @@ def _parse_instruction(line: str) -> Instruction:
     arguments_end = _closing(rest, opcode_end)
     arguments = rest[opcode_end + 1 : arguments_end]
     opcode = rest[type_end:opcode_end].strip()
-    operands = () if opcode == "constant" else tuple(re.findall(r"%([\w.\-]+)", arguments))
+    operands = () if opcode == "constant" else tuple(re.findall(r"%([\w.\-]+(?:#\d+)*)", arguments))
     attributes = rest[arguments_end + 1 :]
     return Instruction(name.lstrip("%"), opcode, rest[:type_end], operands, attributes, arguments, is_root)
+
+
+def _add_element(computation: dict[str, Instruction], operand: str) -> None:
+    """Adds the instruction that `tuple#1`, short for an element of a tuple, stands for."""
+    source, mark, index = operand.rpartition("#")
+    if mark and operand not in computation:
+        _add_element(computation, source)
+        type_ = elements(computation[source].type)[int(index)]
+        computation[operand] = Instruction(
+            operand, "get-tuple-element", type_, (source,), f"index={index}", f"%{source}", is_root=False
+        )
 
 
 def _closing(text: str, start: int) -> int:

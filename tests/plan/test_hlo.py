@@ -72,6 +72,14 @@ def test_elements_of_nested_tuple_are_split_at_its_own_commas():
     assert hlo.elements("((f32[2,3]{1,0}, s32[]), /*index=1*/u8[4]{0})") == ["(f32[2,3]{1,0}, s32[])", "u8[4]{0}"]
 
 
+def test_short_form_of_a_tuple_element_is_the_element():
+    program = hlo.parse(TEXT.replace("fusion(%x)", "fusion(%state#1)"))
+    fused = program.instructions["fused"]
+    element = program.instructions[fused.operands[0]]
+    assert (element.opcode, element.operands, element.index) == ("get-tuple-element", ("state",), 1)
+    assert element.num_bytes == 8 * 4 * 4 and program.computation_of[element.name] == "body"
+
+
 def test_unknown_element_type_is_refused_by_name():
     with pytest.raises(ValueError, match="'f3'"):
         hlo.type_bytes("f3[2]")
