@@ -9,14 +9,21 @@ from dsv3_jax.model.layers import FeedForward, Normed
 from dsv3_jax.model.moe import MoE, MoEStatistics
 from dsv3_jax.model.params import declare, gather_layer
 from dsv3_jax.sharding.collectives import scatter_tokens
-from dsv3_jax.sharding.expert_exchange import ROUTES_NAME
+from dsv3_jax.sharding.expert_exchange import ROUTES_NAME, ROWS_NAME
 
 # What each policy keeps for the backward pass; None keeps everything. "report" recomputes what §3.2.3 and §3.3.3 do:
 # RMSNorms, the up-projections of MLA and SwiGLU outputs. "full" keeps the blocks' inputs only.
 SAVED_NAMES = {
     "none": None,
     "report": (
-        "q_latent", "kv_latent", "attention_out", "attention_lse", "attention_projected", "gate_up", ROUTES_NAME,
+        "q_latent",
+        "kv_latent",
+        "attention_out",
+        "attention_lse",
+        "attention_projected",
+        "gate_up",
+        ROUTES_NAME,  # on a mesh: what came to the experts, which would travel once more otherwise
+        ROWS_NAME,
     ),
     "full": (),
 }

@@ -1,6 +1,8 @@
 """Run by test_mesh_training.py: trains on one of 16 CPU devices and on meshes of them. Exits nonzero on a difference.
 
-    python train_on_meshes.py PRECISION MESH...      where MESH is, for example, node=2,gpu=2,tensor=2
+    python train_on_meshes.py PRECISION MESH...      where MESH is, for example, node=2,gpu=2,tensor=2,fsdp=1,room=30
+
+room: percent of what the exchange of tokens needs at uniform routing, so that it takes several rounds.
 """
 
 import dataclasses
@@ -10,7 +12,7 @@ import sys
 import jax
 import numpy as np
 
-from dsv3_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from dsv3_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig, override
 from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.testing.networks import random_tokens, telling_params
 from dsv3_jax.train import schedule
@@ -98,9 +100,11 @@ def main(precision: str, *meshes: str) -> None:
     assert expected[0][-1]["loss"] < expected[0][0]["loss"] + 1 and all(step["is_good"] for step in expected[0])
     for name in meshes:
         axes = {axis: int(size) for axis, size in (pair.split("=") for pair in name.split(","))}
-        fsdp = bool(axes.pop("fsdp", 0))
-        mesh = dataclasses.replace(MeshConfig(gpu=1), fsdp=fsdp, **axes)
-        check(precision, name, train(run_config(precision, mesh), int(np.prod(list(axes.values())))), expected)
+        fsdp, room = bool(axes.pop("fsdp", 0)), axes.pop("room", None)
+        config = run_config(precision, dataclasses.replace(MeshConfig(gpu=1), fsdp=fsdp, **axes))
+        if room:
+            config = override(config, {"model.exchange_capacity": room / 100})
+        check(precision, name, train(config, int(np.prod(list(axes.values())))), expected)
 
 
 if __name__ == "__main__":
