@@ -32,7 +32,7 @@ from dsv3_jax.data.prepared import TOKENIZER
 from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.sharding.processes import ALONE, Processes, is_first
 from dsv3_jax.train import schedule
-from dsv3_jax.train.activation_memory import activation_lines
+from dsv3_jax.train.activation_memory import activation_lines, exchange_lines
 from dsv3_jax.train.batches import next_batch, place_rows
 from dsv3_jax.train.ema import host_structs, init_ema, update_ema
 from dsv3_jax.train.evaluate import Score, heldout_batch_size, make_score_tokens, score_sources, total
@@ -95,7 +95,7 @@ def train(config: RunConfig, workdir: str | Path, *, processes: Processes = ALON
             copy_tokenizer(workdir, corpus)
         state, ema = _start_or_resume(config, mesh, checkpoints, workdir, screen)
         reporter = _Reporter(config, workdir, progress.step, screen, batches, num_devices=mesh.size)
-        for line in source_lines(batches) + activation_lines(config, mesh):
+        for line in source_lines(batches) + activation_lines(config, mesh) + exchange_lines(config, mesh):
             screen.say(line)
         is_saved, is_evaluated = newest_step(workdir) == progress.step, progress.step > 0
 
