@@ -1,6 +1,6 @@
 """Ranks tiles of the Hopper products on the GPU at hand; the `tuned.py` and `tuned_fp8.py` of the ops hold the choice.
 
-    python launch/tune.py --operation=grouped_product --tile=cluster=2 --tile=cluster=2,raster_rows=12
+    python launch/tune.py --operation=grouped_product --tile=raster_rows=8 --tile=stages=3,raster_rows=16
     python launch/tune.py --operation=few_rows --tile=columns=32,warpgroups=4,stages=8 --json=few_rows.json
 
 Every --tile is measured beside the tuned one over all sizes of the operation's benchmark; the last rows are geometric

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8.formats import TILE, QuantizedArray
 from dsv3_jax.kernels.device import NUM_SMS
-from dsv3_jax.kernels.hopper import PRODUCER_REGISTERS, WARPGROUP_ROWS, Cluster, consumer_registers, segmented
+from dsv3_jax.kernels.hopper import PRODUCER_REGISTERS, WARPGROUP_ROWS, consumer_registers, segmented
 
 TMA_SCALE_ROW = 32  # float32 numbers in 128 bytes: where a copy to shared memory may begin
 TMA_BOX = 256  # elements along a side, at most
@@ -40,16 +40,11 @@ class Tile:
     store_columns: int = 128  # columns per store to device memory
     store_slots: int = 1  # stores in flight per warpgroup
     raster_rows: int = 8  # row tiles swept together, so that their rows and weights meet in L2
-    cluster: int = 1  # thread blocks with neighbouring columns that share each load of the rows
     fence: bool = False  # a proxy fence before a stage is given back
 
     @property
     def rows(self) -> int:
         return 64 * self.warpgroups
-
-    @property
-    def cluster_columns(self) -> int:
-        return self.columns * self.cluster
 
 
 class Work(NamedTuple):
@@ -88,8 +83,6 @@ def scaled_matmul(
     a, b = with_whole_tiles(a), with_whole_tiles(b)
     out_type = with_whole_rows(out_type)
     rows, columns, stages, warpgroups = tile.rows, tile.columns, tile.stages, tile.warpgroups
-    cluster = Cluster(tile.cluster)
-    num_clusters = NUM_SMS // cluster.size
     out_columns = out_type.shape[-1]
     is_blockwise = b.tile == "block"
     block_scales = b.scales.shape[-1]
@@ -101,12 +94,10 @@ def scaled_matmul(
         full, empty, full_blocks, empty_blocks = refs[-4:]
         a_ref, a_scales_ref, b_ref, b_scales_ref, *table_refs = in_refs
         warpgroup, first = lax.axis_index("warpgroup"), lax.axis_index("first")
-        rank = cluster.rank()
-        count = lax.div(num_work(table_refs) - first + num_clusters - 1, num_clusters)
+        count = lax.div(num_work(table_refs) - first + NUM_SMS - 1, NUM_SMS)
 
         def work(index):
-            now = work_at(table_refs, first + jnp.minimum(index, jnp.maximum(count - 1, 0)) * num_clusters)
-            return now._replace(first_column=now.first_column + rank * columns)
+            return work_at(table_refs, first + jnp.minimum(index, jnp.maximum(count - 1, 0)) * NUM_SMS)
 
         def next_slot(slot):
             return jnp.where(slot == stages - 1, 0, slot + 1)
@@ -136,8 +127,7 @@ def scaled_matmul(
                     contracted = pl.ds(step * TILE, TILE)
                     arrived = full.at[slot]
                     plgpu.copy_gmem_to_smem(b_ref.at[(*matrix, tile_columns, contracted)], b_smem.at[slot], arrived)
-                    a_block = a_ref.at[tile_rows, contracted]
-                    plgpu.copy_gmem_to_smem(a_block, a_smem.at[slot], arrived, **cluster.load_arguments)
+                    plgpu.copy_gmem_to_smem(a_ref.at[tile_rows, contracted], a_smem.at[slot], arrived)
                     plgpu.copy_gmem_to_smem(a_scales_ref.at[step, tile_rows], a_scales_smem.at[slot], arrived)
                     if not is_blockwise:
                         plgpu.copy_gmem_to_smem(b_scales_ref.at[step, tile_columns], b_scales_smem.at[slot], arrived)
@@ -147,7 +137,7 @@ def scaled_matmul(
 
             slot, _ = lax.fori_loop(0, count, load_tile, (jnp.int32(0), work(0)))
 
-            # Every barrier is left as it was found, and no block exits while a peer of its cluster can still signal it.
+            # Every barrier is left as it was found.
             def drain(_, slot):
                 plgpu.barrier_wait(empty.at[slot])
                 return next_slot(slot)
@@ -248,9 +238,8 @@ def scaled_matmul(
     out = plgpu.kernel(
         fp8_matmul_kernel,
         out_type=out_type,
-        grid=(num_clusters,),
+        grid=(NUM_SMS,),
         grid_names=("first",),
-        **cluster.kernel_arguments,
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=(
@@ -260,7 +249,7 @@ def scaled_matmul(
             plgpu.SMEM(b_scales_shape, jnp.float32),
             segmented((warpgroups, tile.store_slots, WARPGROUP_ROWS, tile.store_columns), out_type.dtype),
             plgpu.Barrier(num_barriers=stages, num_arrivals=3 if is_blockwise else 4),
-            cluster.empty_barriers(stages, arrivals=warpgroups),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
             plgpu.Barrier(num_barriers=2, num_arrivals=len(scale_boxes(block_scales))),
             plgpu.Barrier(num_barriers=2, num_arrivals=warpgroups),
         ),

@@ -26,14 +26,14 @@ def tune():
 
 
 def test_a_tile_is_what_the_text_says_and_prints_as_its_expression(tune):
-    tile = tune.change(Tile(), "cluster=2,raster_rows=12")
-    assert (tile.cluster, tile.raster_rows, tile.stages) == (2, 12, Tile().stages)
-    assert tune.expression(tile) == "Tile(raster_rows=12, cluster=2)"
+    tile = tune.change(Tile(), "raster_rows=12,warpgroups=2")
+    assert (tile.warpgroups, tile.raster_rows, tile.stages) == (2, 12, Tile().stages)
+    assert tune.expression(tile) == "Tile(warpgroups=2, raster_rows=12)"
     few = tune.change(FewRowsTile(columns=64), "fence=1")
     assert eval(tune.expression(few)) == FewRowsTile(columns=64, fence=True)
 
 
-@pytest.mark.parametrize("text", ["width=3", "cluster", "cluster=two"])
+@pytest.mark.parametrize("text", ["width=3", "stages", "stages=two"])
 def test_a_text_that_is_no_tile_is_refused(tune, text):
     with pytest.raises(ValueError, match="must be NAME=INTEGER, NAME one of warpgroups"):
         tune.change(Tile(), text)

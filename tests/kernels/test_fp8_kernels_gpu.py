@@ -116,7 +116,6 @@ FENCED_FLOAT32 = Tile(warpgroups=2, stages=2, store_columns=32, store_slots=2, f
     ("shape", "b_tile", "out_dtype", "tile"),
     [
         ((200, 141, 319), "block", jnp.bfloat16, FENCED),
-        ((130, 400, 272), "block", jnp.bfloat16, Tile(warpgroups=2, stages=2, cluster=2, fence=True)),
         ((131, 157, 270), "row", jnp.float32, FENCED_FLOAT32),
         ((69, 99, 391), "block", jnp.bfloat16, FewRowsTile(columns=64, warpgroups=2, stages=4, fence=True)),
     ],

@@ -2,7 +2,7 @@
 
 Narrow tiles, so that every multiprocessor reads its share of the weights at once. Inside a thread block the steps of
 the contraction go to the multiplying warpgroups in turn, which hides the latency of each step behind the others; their
-sums meet in shared memory at the end. A cluster of blocks shares every load of the rows, which all of them need.
+sums meet in shared memory at the end.
 """
 
 import jax
@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
 from dsv3_jax.kernels.fp8_matmul.tuned import FewRowsTile
-from dsv3_jax.kernels.hopper import WARPGROUP_ROWS, Cluster, segmented
+from dsv3_jax.kernels.hopper import WARPGROUP_ROWS, segmented
 from dsv3_jax.kernels.scaled_matmul import TMA_SCALE_ROW, scale_boxes, with_whole_rows, with_whole_tiles
 
 MAX_ROWS = 2 * WARPGROUP_ROWS
@@ -27,17 +27,14 @@ def few_rows_matmul(
     a, b, out_type = with_whole_tiles(a), with_whole_tiles(b), with_whole_rows(out_type)
     num_rows, contraction = a.codes.shape
     columns, stages, warpgroups = tile.columns, tile.stages, tile.warpgroups
-    cluster = Cluster(tile.cluster)
     waves = pl.cdiv(num_rows, WARPGROUP_ROWS)
     rows, steps, block_scales = waves * WARPGROUP_ROWS, num_tiles(contraction), b.scales.shape[-1]
-    num_clusters = pl.cdiv(len(b.codes), columns * cluster.size)
     wave_rows = [pl.ds(wave * WARPGROUP_ROWS, WARPGROUP_ROWS) for wave in range(waves)]
 
     def few_rows_kernel(a_ref, a_scales_ref, b_ref, b_scales_ref, out_ref, *scratch):
         a_smem, b_smem, a_scales_smem, b_scales_smem, sums_smem, out_smem, full, empty, full_blocks, summed = scratch
         warpgroup = lax.axis_index("warpgroup")
-        rank = cluster.rank()
-        first_column = (lax.axis_index("cluster") * cluster.size + rank) * columns
+        first_column = lax.axis_index("column_tile") * columns
 
         @pl.when(warpgroup == warpgroups)
         def _produce():
@@ -51,14 +48,12 @@ def few_rows_matmul(
                 contracted = pl.ds(step * TILE, TILE)
                 b_block = b_ref.at[pl.ds(first_column, columns), contracted]
                 plgpu.copy_gmem_to_smem(b_block, b_smem.at[slot], full.at[slot])
-                a_block = a_ref.at[pl.ds(0, rows), contracted]
-                plgpu.copy_gmem_to_smem(a_block, a_smem.at[slot], full.at[slot], **cluster.load_arguments)
+                plgpu.copy_gmem_to_smem(a_ref.at[pl.ds(0, rows), contracted], a_smem.at[slot], full.at[slot])
                 a_scales = a_scales_ref.at[step, pl.ds(0, rows)]
                 plgpu.copy_gmem_to_smem(a_scales, a_scales_smem.at[slot], full.at[slot])
 
             lax.fori_loop(0, steps, load_step, None)
 
-            # A block may not exit while a peer of its cluster can still signal it.
             @pl.loop(steps, steps + stages)
             def _drain(step):
                 plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
@@ -117,9 +112,8 @@ def few_rows_matmul(
     out = plgpu.kernel(
         few_rows_kernel,
         out_type=out_type,
-        grid=(num_clusters,),
-        grid_names=("cluster",),
-        **cluster.kernel_arguments,
+        grid=(pl.cdiv(len(b.codes), columns),),
+        grid_names=("column_tile",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=(
@@ -130,7 +124,7 @@ def few_rows_matmul(
             segmented((max(1, warpgroups - 1), rows, columns), jnp.float32),
             segmented((rows, columns), out_type.dtype),
             plgpu.Barrier(num_barriers=stages, num_arrivals=3),
-            cluster.empty_barriers(stages, arrivals=1),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=1),
             plgpu.Barrier(num_arrivals=len(scale_boxes(block_scales))),
             plgpu.Barrier(num_arrivals=max(1, warpgroups - 1)),
         ),

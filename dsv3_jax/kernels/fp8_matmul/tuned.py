@@ -16,7 +16,6 @@ class FewRowsTile:
     columns: int  # divides the 128 that share a scale of the weights
     warpgroups: int = 2  # each takes every so many-th step of the contraction
     stages: int = 8  # 128-deep steps in shared memory at one time, a multiple of the warpgroups
-    cluster: int = 1  # thread blocks that share each load of the rows
     fence: bool = False  # a proxy fence before a stage is given back
 
 
