@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.model import init_cache
+from dsv3_jax.model import Cache, init_cache
 from dsv3_jax.plan.programs import Program
 from dsv3_jax.serve import on_mesh
 from dsv3_jax.sharding.mesh import num_batch_shards
+from dsv3_jax.sharding.rules import batch_sharding
 
 
 def prefill(config: RunConfig, mesh: jax.sharding.Mesh, *, rows: int | None) -> Program:
@@ -16,9 +17,9 @@ def prefill(config: RunConfig, mesh: jax.sharding.Mesh, *, rows: int | None) -> 
     batch_size = shards * (1 if rows is None else rows)
     step = on_mesh.make_prefill(config.model, mesh, batch_size=batch_size, length=length)
     params = on_mesh.abstract_params(config.model, mesh, for_decoding=False)
-    tokens_BT = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
-    lengths_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    cache = jax.eval_shape(lambda: init_cache(config.model, batch_size, length))
+    tokens_BT = jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=batch_sharding(mesh))
+    lengths_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=batch_sharding(mesh))
+    cache = _abstract_cache(config, mesh, batch_size)
     work = f"reading {batch_size:,} prompts of {length:,} tokens"
     return _program(
         "prefill", step.trace(params, tokens_BT, lengths_B, cache), work, config, mesh, tokens=batch_size * length
@@ -34,10 +35,17 @@ def decode(config: RunConfig, mesh: jax.sharding.Mesh, *, rows: int | None) -> P
     batch_size = shards * (mesh.shape["tensor"] if rows is None else rows)
     step = on_mesh.make_decode_step(config.model, mesh, batch_size=batch_size)
     params = on_mesh.abstract_params(config.model, mesh, for_decoding=True)
-    tokens_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    cache = jax.eval_shape(lambda: init_cache(config.model, batch_size, length))
+    tokens_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=batch_sharding(mesh))
+    cache = _abstract_cache(config, mesh, batch_size)
     work = f"one token for {batch_size:,} sequences with caches of {length:,} tokens"
     return _program("decode", step.trace(params, tokens_B, cache), work, config, mesh, tokens=batch_size)
+
+
+def _abstract_cache(config: RunConfig, mesh: jax.sharding.Mesh, batch_size: int) -> Cache:
+    """Returns shape, dtype and sharding of a cache with room for data.sequence_length tokens."""
+    cache = jax.eval_shape(lambda: init_cache(config.model, batch_size, config.data.sequence_length))
+    rows = batch_sharding(mesh)
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows), cache)
 
 
 def _program(
