@@ -205,7 +205,10 @@ def prefill(
     for blocks in model.stacks().values():
         x_BTD, new_LBTZ = scan_blocks_with_cache(blocks, x_BTD, cosines, sines)
         new_latents += list(new_LBTZ)
-    latents = tuple(old.at[:, :length].set(new) for old, new in zip(cache.latents, new_latents, strict=True))
+    latents = tuple(
+        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), 0, axis=1)
+        for old, new in zip(cache.latents, new_latents, strict=True)
+    )
     last_BD = take_token(x_BTD, lengths_B - 1)
     return model.project_to_logits(model.final_norm(last_BD)), Cache(latents, lengths_B)
 
