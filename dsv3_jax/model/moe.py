@@ -1,6 +1,7 @@
 """The mixture of experts (§2.1.2): routed experts, wherever they live, beside shared ones; no token is dropped."""
 
 import typing
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -58,7 +59,7 @@ class MoE(nnx.Module):
 
     def _run_experts(self, x_BTD, experts_TK, weights_TK) -> jax.Array:
         x_TD, has_shared = x_BTD.reshape(-1, x_BTD.shape[-1]), self.config.n_shared_experts > 0
-        routing, capacity = (experts_TK, weights_TK), exchange_capacity(self.config, len(x_TD))
+        routing, capacity = (experts_TK, weights_TK), exchange_capacity(self.config, len(x_TD), size)
         routed = self.experts.gate_up_proj[...], self.experts.down_proj[...]
         if not isinstance(routed[0], Fp8Weight):
             y_TD = serve(EXPERTS, x_TD, x_TD, *routing, experts.ExpertWeights(*routed), capacity=capacity)
@@ -84,15 +85,19 @@ class Experts(nnx.Module):
         self.down_proj = declare(routed, ffn, embed, linear=after_swiglu)
 
 
-def exchange_capacity(config: ModelConfig, num_tokens: int) -> Capacity | None:
-    """Returns the room of the expert exchange for the tokens of one device; None where every expert is here."""
+def exchange_capacity(config: ModelConfig, num_tokens: int, size_of: Callable) -> Capacity | None:
+    """Returns the room of the expert exchange for the tokens of one device; None where every expert is here.
+
+    Args:
+      size_of: mesh axes -> over how many devices they spread.
+    """
     return plan_capacity(
         num_tokens=num_tokens,
         top_k=config.num_experts_per_tok,
         num_experts=config.n_routed_experts,
         n_group=config.n_group,
         topk_group=config.topk_group,
-        num_nodes=size("node"),
-        devices_per_node=size(INNER_AXES),
+        num_nodes=size_of("node"),
+        devices_per_node=size_of(INNER_AXES),
         factor=config.exchange_capacity,
     )

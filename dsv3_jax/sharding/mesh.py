@@ -31,9 +31,14 @@ def make_mesh(config: MeshConfig, *, devices: list[jax.Device] | None = None) ->
     return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def num_batch_shards(mesh: jax.sharding.Mesh) -> int:
+def num_devices(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, axes: str | tuple[str, ...]) -> int:
+    """Returns over how many devices the named axes spread."""
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def num_batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Returns over how many devices the sequences of a batch spread."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return num_devices(mesh, BATCH_AXES)
 
 
 def check_mesh(config: ModelConfig, mesh: jax.sharding.Mesh, *, sequence_length: int | None = None,
@@ -56,8 +61,9 @@ def check_mesh(config: ModelConfig, mesh: jax.sharding.Mesh, *, sequence_length:
     if config.precision == "fp8":
         _check_fp8_tiles(config, tensor)
     if config.num_moe_layers or config.num_nextn_predict_layers:
-        expert_devices = math.prod(axes[axis] for axis in EXPERT_AXES)
-        require_divides("mesh.node·gpu·tensor", expert_devices, config.n_routed_experts, "model.n_routed_experts")
+        require_divides(
+            "mesh.node·gpu·tensor", num_devices(mesh, EXPERT_AXES), config.n_routed_experts, "model.n_routed_experts"
+        )
         require_divides("mesh.node", nodes, config.n_group, "model.n_group (a group of experts lives in one node)")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsv3_jax.sharding.mesh import AXES, BATCH_AXES, EXPERT_AXES
+from dsv3_jax.sharding.mesh import AXES, BATCH_AXES, EXPERT_AXES, num_devices
 from dsv3_jax.sharding.zero import Split
 
 PARAM_RULES = {"heads": ("tensor",), "ffn": ("tensor",), "routed_experts": EXPERT_AXES}
@@ -57,7 +57,7 @@ def split_param(
     """
     compute = [PARAM_RULES.get(axis, ()) for axis in axes]
     master = list(compute)
-    left = [size // _num_parts(mesh, parts) for size, parts in zip(shape, compute, strict=True)]
+    left = [size // num_devices(mesh, parts) for size, parts in zip(shape, compute, strict=True)]
     for batch_axis in BATCH_AXES:
         if any(batch_axis in parts for parts in compute):
             continue
@@ -71,10 +71,3 @@ def split_param(
 
 def _spec(parts: list[tuple[str, ...]]) -> PartitionSpec:
     return PartitionSpec(*(axes or None for axes in parts))
-
-
-def _num_parts(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, axes: tuple[str, ...]) -> int:
-    parts = 1
-    for axis in axes:
-        parts *= mesh.shape[axis]
-    return parts

@@ -1,6 +1,6 @@
 """What a run says about memory: activations kept for the backward pass, buffers of the expert exchange."""
 
-import math
+import functools
 
 import jax
 
@@ -8,8 +8,8 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.fp8.formats import num_tiles
 from dsv3_jax.model import compute_dtype
 from dsv3_jax.model.kept_activations import kept_bytes
-from dsv3_jax.sharding.exchange_plan import plan_capacity
-from dsv3_jax.sharding.mesh import INNER_AXES
+from dsv3_jax.model.moe import exchange_capacity
+from dsv3_jax.sharding.mesh import num_devices
 
 
 def activation_lines(config: RunConfig, mesh: jax.sharding.Mesh) -> list[str]:
@@ -35,11 +35,7 @@ def exchange_lines(config: RunConfig, mesh: jax.sharding.Mesh) -> list[str]:
     model, num_tokens = config.model, config.train.rows_per_pass * config.data.sequence_length // mesh.size
     if not model.num_moe_layers + model.num_nextn_predict_layers:
         return []
-    capacity = plan_capacity(
-        num_tokens=num_tokens, top_k=model.num_experts_per_tok, num_experts=model.n_routed_experts,
-        n_group=model.n_group, topk_group=model.topk_group, num_nodes=mesh.shape["node"],
-        devices_per_node=math.prod(mesh.shape[axis] for axis in INNER_AXES), factor=model.exchange_capacity,
-    )  # fmt: skip
+    capacity = exchange_capacity(model, num_tokens, functools.partial(num_devices, mesh))
     if capacity is None:
         return []
     is_fp8 = model.precision == "fp8"

@@ -88,7 +88,9 @@ def _jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable:
     )
 
 
-def _device_share(config: RunConfig, mesh: jax.sharding.Mesh, masters: dict, tokens_ABT: jax.Array, scalars: dict):
+def _device_share(
+    config: RunConfig, mesh: jax.sharding.Mesh, masters: dict, tokens_ABT: jax.Array, scalars: dict
+) -> tuple[dict, Losses, dict]:
     """Computes on one device: its part of the summed gradients; losses and tokens per expert of the whole batch."""
     splits = param_splits(config.model, mesh)
     is_layered = {name: config.mesh.fsdp and name.endswith("_layers") for name in masters}
