@@ -3,8 +3,9 @@
     python launch/plan.py --config=configs/deepseek_v3_671b.py --num_devices=64,512,2048 --output=plan
     python launch/plan.py --config=configs/tiny.py --config.mesh.gpu=4 --config.mesh.tensor=2 --hardware=h800
 
-Compiles the real program for absent H200s, which takes XLA's GPU compiler (the `plan` extra), no GPU, and for the 671B
-network a few minutes and 5 GB of memory on two cores. What was compiled for H200s is then held against the memory and
+Compiles the real program for absent H200s, which takes XLA's GPU compiler (the `plan` extra), no GPU, and for a step of
+the 671B network about a quarter of an hour and 2 GB of memory on two cores; decoding, whose layers are unrolled, takes
+longer. What was compiled for H200s is then held against the memory and
 the rates of --hardware. --output=PATH writes PATH.json and the plot PATH.png. Exit code 2: a plan does not fit.
 """
 
