@@ -217,9 +217,10 @@ def _serve(functions: ExpertFunctions, capacity: Capacity, tokens: Tokens, x_TD:
     if x_TD is None:
         x_TD = jnp.zeros((capacity.num_tokens, jax.tree.leaves(tokens.payload)[0].shape[1]), jnp.bfloat16)
     params_E = jnp.ones(capacity.experts_per_device)
-    return expert_exchange.serve(
+    y_TD, _ = expert_exchange.serve(
         functions, x_TD, tokens.payload, tokens.experts_RK, tokens.weights_RK, params_E, capacity=capacity
     )
+    return y_TD
 
 
 def _serve_and_return(serve: Callable, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array]:

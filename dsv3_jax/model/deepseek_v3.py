@@ -37,6 +37,7 @@ class Forward(typing.NamedTuple):
     mtp_h: tuple[jax.Array, ...]  # one [B, T, D] per MTP depth, each after its own norm
     tokens_per_expert: dict[str, jax.Array]  # stack name -> int32 [layers, E]
     balance_loss: jax.Array  # float32 scalar, summed over layers, averaged over sequences, without alpha
+    further_rounds: jax.Array  # int32 scalar, of the expert exchange beyond the first, summed over layers
 
 
 class DeepseekV3(nnx.Module):
@@ -91,6 +92,7 @@ class DeepseekV3(nnx.Module):
             mtp_h,
             {name: statistics.tokens_per_expert_E for name, statistics in routing.items()},
             sum((statistics.balance_loss.sum() for statistics in routing.values()), jnp.float32(0)),
+            sum((statistics.further_rounds.sum() for statistics in routing.values()), jnp.int32(0)),
         )
 
     def project_to_logits(self, h: jax.Array) -> jax.Array:

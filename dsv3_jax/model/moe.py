@@ -29,6 +29,7 @@ class MoEStatistics(typing.NamedTuple):
 
     tokens_per_expert_E: jax.Array  # int32, over the tokens of this device
     balance_loss: jax.Array  # float32 scalar, without alpha
+    further_rounds: jax.Array  # int32 scalar, of the expert exchange beyond its first; on one device 0
 
 
 class MoE(nnx.Module):
@@ -50,28 +51,31 @@ class MoE(nnx.Module):
         routing = route(
             self.config, self.gate[...], self.e_score_correction_bias[...], x_BTD.reshape(-1, x_BTD.shape[-1])
         )
-        y_BTD = self._run_experts(x_BTD, routing.experts_TK, routing.weights_TK)
+        y_BTD, further_rounds = self._run_experts(x_BTD, routing.experts_TK, routing.weights_TK)
         statistics = MoEStatistics(
             tokens_per_expert(routing.experts_TK, self.config.n_routed_experts),
             balance_loss(self.config, routing.scores_TE.reshape(*x_BTD.shape[:2], -1)),
+            further_rounds,
         )
         return y_BTD, statistics
 
-    def _run_experts(self, x_BTD, experts_TK, weights_TK) -> jax.Array:
+    def _run_experts(self, x_BTD, experts_TK, weights_TK) -> tuple[jax.Array, jax.Array]:
         x_TD, has_shared = x_BTD.reshape(-1, x_BTD.shape[-1]), self.config.n_shared_experts > 0
         routing, capacity = (experts_TK, weights_TK), exchange_capacity(self.config, len(x_TD), size)
         routed = self.experts.gate_up_proj[...], self.experts.down_proj[...]
         if not isinstance(routed[0], Fp8Weight):
-            y_TD = serve(EXPERTS, x_TD, x_TD, *routing, experts.ExpertWeights(*routed), capacity=capacity)
+            weights = experts.ExpertWeights(*routed)
+            y_TD, further_rounds = serve(EXPERTS, x_TD, x_TD, *routing, weights, capacity=capacity)
             y_BTD = y_TD.reshape(x_BTD.shape)
-            return y_BTD + self.shared_experts(x_BTD) if has_shared else y_BTD
+            return (y_BTD + self.shared_experts(x_BTD) if has_shared else y_BTD), further_rounds
         # Quantized once for all that read it; routed experts keep it in E4M3 whatever model.fp8_input_cache says.
         quantized = quantize_rows(pad_rows(jax.lax.stop_gradient(x_TD)))
         payload = fp8_experts.pack(quantized, x_TD)
-        y_TD = serve(FP8_EXPERTS, x_TD, payload, *routing, FeedForwardWeights(*routed), capacity=capacity)
+        weights = FeedForwardWeights(*routed)
+        y_TD, further_rounds = serve(FP8_EXPERTS, x_TD, payload, *routing, weights, capacity=capacity)
         if has_shared:
             y_TD += feed_forward(x_TD, self.shared_experts.weights(), quantized=quantized)
-        return y_TD.reshape(x_BTD.shape)
+        return y_TD.reshape(x_BTD.shape), further_rounds
 
 
 class Experts(nnx.Module):

@@ -26,6 +26,11 @@ def sum_over(x: jax.Array, axes: str | tuple[str, ...]) -> jax.Array:
     return x if size(axes) == 1 else jax.lax.psum(x, axes)
 
 
+def max_over(x: jax.Array, axes: str | tuple[str, ...]) -> jax.Array:
+    """Returns the largest of what the devices of the axes hold to each of them."""
+    return x if size(axes) == 1 else jax.lax.pmax(x, axes)
+
+
 def gather_tokens(x: jax.Array, dim: int) -> jax.Array:
     """Joins the tokens that the devices of the tensor axis own, along the given dimension."""
     return x if size(SEQUENCE_AXIS) == 1 else jax.lax.all_gather(x, SEQUENCE_AXIS, axis=dim, tiled=True)

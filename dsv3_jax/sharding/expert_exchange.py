@@ -87,7 +87,7 @@ def serve(
     params: Any,
     *,
     capacity: Capacity | None,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Sums the results of each token's experts, wherever they live; differentiable in x, weights and params.
 
     With a capacity, to be called by all devices of the expert axes inside `rules.per_device`.
@@ -102,14 +102,15 @@ def serve(
       capacity: from `plan_capacity`; None where every expert is on this device.
 
     Returns:
-      [T, D] in the activations' dtype.
+      [T, D] in the activations' dtype, and how many rounds this took beyond the first: int32, the same on all devices
+      that exchanged. Those of the backward pass are as many and do not count.
     """
     assert capacity is None or capacity.num_tokens == len(experts_TK), (capacity, experts_TK.shape)
     return _serve(functions, capacity, x_TD, payload, experts_TK, weights_TK, params)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _serve(functions, capacity, x_TD, payload, experts_TK, weights_TK, params) -> jax.Array:
+def _serve(functions, capacity, x_TD, payload, experts_TK, weights_TK, params) -> tuple[jax.Array, jax.Array]:
     return _serve_forward(functions, capacity, x_TD, payload, experts_TK, weights_TK, params)[0]
 
 
@@ -117,7 +118,7 @@ def _serve_forward(functions, capacity, x_TD, payload, experts_TK, weights_TK, p
     tokens = Tokens(experts_TK, weights_TK, payload)
     if capacity is None:
         y_TD, kept = functions.forward(payload, experts_TK, weights_TK, params, experts_TK.size)
-        return y_TD, (kept, (), None, params)
+        return (y_TD, jnp.int32(0)), (kept, (), None, params)
     received, hops, waiting_TN = dispatch(tokens, copies_to_send(experts_TK, capacity), capacity)
     y_RD, kept = functions.forward(*_arguments(received), params, capacity.max_choices)
     y_TD = combine(y_RD, hops).astype(y_RD.dtype)
@@ -127,12 +128,13 @@ def _serve_forward(functions, capacity, x_TD, payload, experts_TK, weights_TK, p
         y_RD, _ = functions.forward(*_arguments(received), params, capacity.max_choices)
         return waiting_TN, _add(y_TD, combine(y_RD, hops))
 
-    y_TD = _run_further_rounds(run_round, waiting_TN, y_TD, capacity)
-    return y_TD, (kept, hops, None if capacity.is_always_enough else tokens, params)
+    y_TD, further_rounds = _run_further_rounds(run_round, waiting_TN, y_TD, capacity)
+    return (y_TD, further_rounds), (kept, hops, None if capacity.is_always_enough else tokens, params)
 
 
-def _serve_backward(functions, capacity, residuals, dy_TD):
+def _serve_backward(functions, capacity, residuals, cotangents):
     kept, hops, tokens, params = residuals
+    dy_TD, _ = cotangents
     gradient = functions.encode_gradient(dy_TD)
     dx, dweights, dparams = functions.backward(kept, send(gradient, hops), params)
     if capacity is None:
@@ -152,7 +154,7 @@ def _serve_backward(functions, capacity, residuals, dy_TD):
     if not capacity.is_always_enough:
         waiting_TN = copies_to_send(tokens.experts_RK, capacity)
         waiting_TN &= ~admit(tokens.experts_RK, waiting_TN, capacity)
-        gradients = _run_further_rounds(run_round, waiting_TN, gradients, capacity)
+        gradients, _ = _run_further_rounds(run_round, waiting_TN, gradients, capacity)
     dx_TD, dweights_TK, dparams = gradients
     return dx_TD, None, None, dweights_TK, dparams
 
@@ -160,19 +162,27 @@ def _serve_backward(functions, capacity, residuals, dy_TD):
 _serve.defvjp(_serve_forward, _serve_backward)
 
 
-def _run_further_rounds(run_round: Callable, waiting_TN: jax.Array, totals: Any, capacity: Capacity) -> Any:
-    """Returns totals after `waiting_TN, totals = run_round(waiting_TN, totals)` until no device has a copy left."""
+def _run_further_rounds(
+    run_round: Callable, waiting_TN: jax.Array, totals: Any, capacity: Capacity
+) -> tuple[Any, jax.Array]:
+    """Runs `waiting_TN, totals = run_round(waiting_TN, totals)` until no device has a copy left.
+
+    Returns:
+      The last totals, and how often it ran, int32.
+    """
     if capacity.is_always_enough:
-        return totals
+        return totals, jnp.int32(0)
 
     def count(waiting_TN):
         return collectives.sum_over(jnp.sum(waiting_TN, dtype=jnp.int32), EXPERT_AXES)
 
     def run(carry):
-        waiting_TN, totals = run_round(*carry[1:])
-        return count(waiting_TN), waiting_TN, totals
+        _, waiting_TN, totals, num_rounds = carry
+        waiting_TN, totals = run_round(waiting_TN, totals)
+        return count(waiting_TN), waiting_TN, totals, num_rounds + 1
 
-    return jax.lax.while_loop(lambda carry: carry[0] > 0, run, (count(waiting_TN), waiting_TN, totals))[2]
+    start = (count(waiting_TN), waiting_TN, totals, jnp.int32(0))
+    return jax.lax.while_loop(lambda carry: carry[0] > 0, run, start)[2:]
 
 
 def dispatch(tokens: Tokens, waiting_TN: jax.Array, capacity: Capacity) -> tuple[Tokens, tuple[Hop, ...], jax.Array]:

@@ -16,6 +16,13 @@ from dsv3_jax.sharding.collectives import own_tokens, size
 from dsv3_jax.sharding.mesh import BATCH_AXES
 
 
+class Routing(NamedTuple):
+    """Where the tokens of one pass went, and what that took."""
+
+    tokens_per_expert: dict[str, jax.Array]  # stack name -> int32 [layers, E]
+    further_rounds: jax.Array  # int32, of the expert exchange beyond the first of every layer, summed over layers
+
+
 class Losses(NamedTuple):
     """The parts of the training loss, float32 scalars of one pass."""
 
@@ -27,8 +34,8 @@ class Losses(NamedTuple):
 
 def training_loss(
     config: RunConfig, params: dict, tokens_BT1: jax.Array, *, mtp_loss_weight: jax.Array
-) -> tuple[jax.Array, tuple[Losses, dict]]:
-    """Returns the loss to differentiate, and (its parts, tokens per expert).
+) -> tuple[jax.Array, tuple[Losses, Routing]]:
+    """Returns the loss to differentiate, and (its parts, the routing).
 
     total = main + λ/D · Σ_k L_k + α · balance (§2.1.2, §2.2 equations 24 and 25).
 
@@ -41,7 +48,7 @@ def training_loss(
       mtp_loss_weight: λ.
 
     In a program of `sharding.rules.per_device` all of this is one device's share: the losses of the batch, and its
-    tokens per expert, are the sums over all devices.
+    tokens per expert, are the sums over all devices. Rounds are the same on all devices that exchange with each other.
     """
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     depth = config.model.num_nextn_predict_layers
@@ -60,7 +67,7 @@ def training_loss(
         mtp += cross_entropy(h_BTD, offset=k) / depth
     balance = output.balance_loss / size(BATCH_AXES)
     total = main + mtp_loss_weight * mtp + config.train.balance_loss_alpha * balance
-    return total, (Losses(total, main, mtp, balance), output.tokens_per_expert)
+    return total, (Losses(total, main, mtp, balance), Routing(output.tokens_per_expert, output.further_rounds))
 
 
 def mean_cross_entropy(h_BtD: jax.Array, *, head_DV: jax.Array, targets_BT: jax.Array, chunk_tokens: int,

@@ -12,12 +12,12 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.model import param_splits, quantize_params, with_masters
-from dsv3_jax.sharding.collectives import sum_over
+from dsv3_jax.sharding.collectives import max_over, sum_over
 from dsv3_jax.sharding.mesh import AXES, check_mesh
 from dsv3_jax.sharding.rules import batch_sharding, batch_spec, per_device, replicated
 from dsv3_jax.sharding.zero import as_part, gather_parts, is_part, reduce_gradient
 from dsv3_jax.train import schedule
-from dsv3_jax.train.loss import Losses, training_loss
+from dsv3_jax.train.loss import Losses, Routing, training_loss
 from dsv3_jax.train.optimizer import CORRECTION_BIAS, adamw, clip_factor, global_norm
 from dsv3_jax.train.schedule import StepSettings
 from dsv3_jax.train.state import TrainState, abstract_state, state_shardings
@@ -36,7 +36,9 @@ def make_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainStep:
     changes no parameter, moment or bias: it only counts as bad.
 
     Metrics, on the device: loss (mean cross-entropy, nats), mtp_loss, balance_loss, total_loss, grad_norm (before
-    clipping), is_good, bad_steps, bad_steps_in_row, tokens_per_expert (int32, by stack, of the whole batch).
+    clipping), is_good, bad_steps, bad_steps_in_row, tokens_per_expert (int32, by stack, of the whole batch),
+    exchange_further_rounds (int32: rounds of the expert exchange beyond the first, summed over MoE layers and passes,
+    forward only; of the replica that ran most).
 
     Raises:
       ValueError: the network or a pass does not split evenly over the mesh.
@@ -77,8 +79,8 @@ def _jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable:
     )
 
     def step(state: TrainState, tokens_ABT: jax.Array, scalars: dict) -> tuple[TrainState, dict]:
-        grads, losses, tokens_per_expert = share(state.params, tokens_ABT, scalars)
-        return update_state(config, state, grads, losses, tokens_per_expert, scalars)
+        grads, losses, routing = share(state.params, tokens_ABT, scalars)
+        return update_state(config, state, grads, losses, routing, scalars)
 
     return jax.jit(
         step,
@@ -90,8 +92,8 @@ def _jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable:
 
 def _device_share(
     config: RunConfig, mesh: jax.sharding.Mesh, masters: dict, tokens_ABT: jax.Array, scalars: dict
-) -> tuple[dict, Losses, dict]:
-    """Computes on one device: its part of the summed gradients; losses and tokens per expert of the whole batch."""
+) -> tuple[dict, Losses, Routing]:
+    """Computes on one device: its part of the summed gradients; losses and routing of the whole batch."""
     splits = param_splits(config.model, mesh)
     is_layered = {name: config.mesh.fsdp and name.endswith("_layers") for name in masters}
     parts = jax.tree.map(as_part, masters, splits)
@@ -104,10 +106,11 @@ def _device_share(
         )
 
     gradient = jax.grad(loss_of_masters, has_aux=True)
-    grads, losses, tokens_per_expert = _sum_over_passes(gradient, params, tokens_ABT, scalars["num_passes"])
+    grads, losses, routing = _sum_over_passes(gradient, params, tokens_ABT, scalars["num_passes"])
     grads = jax.tree.map(reduce_gradient, grads, splits, is_leaf=is_part)
     losses = jax.tree.map(lambda value: sum_over(value / scalars["num_passes"], AXES), losses)
-    return grads, losses, sum_over(tokens_per_expert, AXES)
+    rounds = max_over(routing.further_rounds, AXES)  # of replicas, which exchange each by themselves
+    return grads, losses, Routing(sum_over(routing.tokens_per_expert, AXES), rounds)
 
 
 def as_scalars(config: RunConfig, settings: StepSettings) -> dict:
@@ -124,7 +127,7 @@ def split_batch(config: RunConfig, tokens_BT: np.ndarray) -> np.ndarray:
     return np.pad(tokens_ABT, ((0, unused), (0, 0), (0, 0))) if unused else tokens_ABT
 
 
-def update_state(config: RunConfig, state: TrainState, grads: dict, losses: Losses, tokens_per_expert: dict,
+def update_state(config: RunConfig, state: TrainState, grads: dict, losses: Losses, routing: Routing,
                  scalars: dict) -> tuple[TrainState, dict]:  # fmt: skip
     """Applies the summed gradients of a batch, unless the step is bad; returns the state and the step's metrics."""
     grad_norm = global_norm(grads) / scalars["num_passes"]
@@ -135,7 +138,7 @@ def update_state(config: RunConfig, state: TrainState, grads: dict, losses: Loss
         grads, state.optimizer, state.params, learning_rate=scalars["learning_rate"], grad_scale=grad_scale
     )
     params = optax.apply_updates(state.params, updates)
-    params = move_correction_biases(params, tokens_per_expert, speed=scalars["bias_update_speed"])
+    params = move_correction_biases(params, routing.tokens_per_expert, speed=scalars["bias_update_speed"])
     memory = jnp.where(state.optimizer.count == 0, 0.0, LOSS_MEAN_DECAY)
     mean_loss = memory * state.mean_loss + (1 - memory) * losses.main
 
@@ -147,7 +150,7 @@ def update_state(config: RunConfig, state: TrainState, grads: dict, losses: Loss
     metrics = {
         "loss": losses.main, "mtp_loss": losses.mtp, "balance_loss": losses.balance, "total_loss": losses.total,
         "grad_norm": grad_norm, "is_good": is_good, "bad_steps": bad_steps, "bad_steps_in_row": bad_steps_in_row,
-        "tokens_per_expert": tokens_per_expert,
+        "tokens_per_expert": routing.tokens_per_expert, "exchange_further_rounds": routing.further_rounds,
     }  # fmt: skip
     return TrainState(params, optimizer, state.step + 1, bad_steps, bad_steps_in_row, mean_loss), metrics
 
@@ -161,14 +164,14 @@ def move_correction_biases(params: dict, tokens_per_expert: dict, *, speed: jax.
 
 
 def _sum_over_passes(gradient: Callable, params: dict, tokens_ABT: jax.Array, num_passes: jax.Array) -> tuple:
-    """Sums (gradients, losses, tokens per expert) over the first num_passes passes, gradients in float32.
+    """Sums (gradients, losses, routing) over the first num_passes passes, gradients in float32.
 
     The number of passes is data, so a growing batch compiles nothing. Where one pass is all, nothing is summed.
     """
 
     def one_pass(tokens_BT):
-        grads, (losses, tokens_per_expert) = gradient(params, tokens_BT)
-        return grads, losses, tokens_per_expert
+        grads, (losses, routing) = gradient(params, tokens_BT)
+        return grads, losses, routing
 
     if tokens_ABT.shape[0] == 1:
         return one_pass(tokens_ABT[0])

@@ -60,7 +60,7 @@ def test_no_product_runs_over_the_experts():
     def loss(experts, x_TD):
         choices_TK = jnp.zeros((len(x_TD), 3), jnp.int32) + jnp.arange(3)
         params = ExpertWeights(experts["gate_up_proj"], experts["down_proj"])
-        return serve(EXPERTS, x_TD, x_TD, choices_TK, jnp.ones(choices_TK.shape), params, capacity=None).sum()
+        return serve(EXPERTS, x_TD, x_TD, choices_TK, jnp.ones(choices_TK.shape), params, capacity=None)[0].sum()
 
     x_TD = jnp.ones((2 * 9, config.hidden_size))
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(weights["experts"], x_TD)

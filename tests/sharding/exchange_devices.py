@@ -138,6 +138,9 @@ class Exchange:
         )  # fmt: skip
 
     def serve(self, x_TD, experts_TK, weights_TK, params):
+        return self.count_rounds(x_TD, experts_TK, weights_TK, params)[0]
+
+    def count_rounds(self, x_TD, experts_TK, weights_TK, params):
         return serve(FUNCTIONS, x_TD, {"x": x_TD}, experts_TK, weights_TK, params, capacity=self.capacity)
 
     def map(self, function, *, stacked_params: bool = False):
@@ -312,7 +315,7 @@ def check_experts_of_the_model():
             if is_fp8:
                 payload = fp8_experts.pack(quantize_rows(pad_rows(jax.lax.stop_gradient(x_TD))), x_TD)
                 functions, weights = FP8_EXPERTS, FeedForwardWeights(*map(quantize, params, (1, 1)))
-            y_TD = serve(functions, x_TD, payload, experts_TK, weights_TK, weights, capacity=capacity)
+            y_TD, _ = serve(functions, x_TD, payload, experts_TK, weights_TK, weights, capacity=capacity)
             return jnp.sum(y_TD * cotangent_TD), y_TD
 
         (_, y_TD), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x_TD, weights_TK, params)

@@ -100,13 +100,14 @@ def test_training_loss_adds_its_parts(micro):
         ]
         return loss, output, log_probabilities
 
-    (total, (losses, tokens_per_expert)), output, (main_BTV, mtp_BTV) = compute(params)
+    (total, (losses, routing)), output, (main_BTV, mtp_BTV) = compute(params)
     main = -np.take_along_axis(np.asarray(main_BTV), tokens[:, 1:, None], -1).mean()
     mtp = -np.take_along_axis(np.asarray(mtp_BTV)[:, :-1], tokens[:, 2:, None], -1).sum() / (2 * 12)
     np.testing.assert_allclose(losses.main, main, rtol=1e-5)
     np.testing.assert_allclose(losses.mtp, mtp, rtol=1e-5)
     np.testing.assert_allclose(total, main + 0.3 * mtp + 0.01 * float(output.balance_loss), rtol=1e-5)
-    assert {name: load.sum() for name, load in tokens_per_expert.items()} == {"moe_layers": 48, "mtp_layers": 48}
+    loads = {name: load.sum() for name, load in routing.tokens_per_expert.items()}
+    assert loads == {"moe_layers": 48, "mtp_layers": 48}
 
 
 @pytest.mark.parametrize(
