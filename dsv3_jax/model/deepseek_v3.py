@@ -12,20 +12,20 @@ from dsv3_jax.fp8.weight import warn_without_kernels
 from dsv3_jax.model import rope
 from dsv3_jax.model.block import Block, scan_blocks, scan_blocks_with_cache
 from dsv3_jax.model.cache import Cache
-from dsv3_jax.model.layers import as_array, exact_if_float32, rms_norm
+from dsv3_jax.model.layers import exact_if_float32, rms_norm
 from dsv3_jax.model.mtp import MTPModule, scan_modules
 from dsv3_jax.model.params import (
     cast_from_specs,
     compute_dtype,
     declare,
     declared,
+    has_prepared,
     init_from_specs,
-    is_fp8,
-    is_quantized,
     num_elements,
-    quantize_from_specs,
+    prepare_from_specs,
     stacked,
 )
+from dsv3_jax.model.weights import as_array, is_fp8
 from dsv3_jax.sharding.collectives import gather_tokens, own_tokens, take_token
 from dsv3_jax.sharding.rules import split_param
 
@@ -126,16 +126,15 @@ def cast_params(config: ModelConfig, params: dict) -> dict:
     return cast_from_specs(config, param_specs(config), params)
 
 
-def quantize_params(config: ModelConfig, params: dict) -> dict:
-    """Quantizes what precision=fp8 quantizes, masters beside the codes; otherwise returns the parameters unchanged.
+def prepare_params(config: ModelConfig, params: dict) -> dict:
+    """Rounds or quantizes the weights of linears as config.precision says, masters beside them for their gradients.
 
     The functions of this module do the same inside. A caller that runs several of them between two changes of the
-    parameters does it once, before.
+    parameters does it once, before; devices that keep parts of them, before they gather them.
     """
-    if config.precision != "fp8" or is_quantized(params):
-        return params
-    warn_without_kernels()
-    return quantize_from_specs(config, param_specs(config), params, with_gradient=True)
+    if config.precision == "fp8" and not has_prepared(params):
+        warn_without_kernels()
+    return prepare_from_specs(config, param_specs(config), params)
 
 
 def count_params(config: ModelConfig, *, with_mtp: bool) -> int:
@@ -234,18 +233,26 @@ def decode_step(config: ModelConfig, params: dict, tokens_B: jax.Array, cache: C
       tokens_B: int32.
       cache: with room for one more token.
     """
-    params = quantize_params(config, params)
+    params = prepare_params(config, params)
     cosines, sines = rope.rotation(config, cache.lengths_B[:, None])
     layers = [(name, layer) for name in ("dense_layers", "moe_layers") for layer in _layers(params.get(name, ()))]
     ends = {name: value for name, value in params.items() if not name.endswith("_layers")}
     model = nnx.merge(_graphdef(config, with_layers=False), nnx.State(ends))
     x_BTD, latents = model.embed(own_tokens(tokens_B, 0)[:, None]), []
     for (name, layer), cache_BSZ in zip(layers, cache.latents, strict=True):
-        block = nnx.merge(_block_graphdef(config, is_moe=name == "moe_layers"), nnx.State(layer))
-        x_BTD, cache_BSZ = block.decode(x_BTD, cosines, sines, cache_BSZ, cache.lengths_B)
+        x_BTD, cache_BSZ = _decode_block(
+            config, layer, x_BTD, cosines, sines, cache_BSZ, cache.lengths_B, is_moe=name == "moe_layers"
+        )
         latents.append(cache_BSZ)
     logits_BV = gather_tokens(model.project_to_logits(model.final_norm(x_BTD[:, 0])), 0)
     return logits_BV, Cache(tuple(latents), cache.lengths_B + 1)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="is_moe")  # traced, kernels lowered, once for all layers
+def _decode_block(config, layer, x_BTD, cosines, sines, cache_BSZ, lengths_B, *, is_moe) -> tuple[jax.Array, jax.Array]:
+    """Runs one layer on new tokens; returns its output and its cache with them in it."""
+    block = nnx.merge(_block_graphdef(config, is_moe=is_moe), nnx.State(layer))
+    return block.decode(x_BTD, cosines, sines, cache_BSZ, lengths_B)
 
 
 def _layers(stack: dict | tuple) -> tuple:
@@ -277,7 +284,7 @@ def _block_graphdef(config: ModelConfig, *, is_moe: bool) -> nnx.GraphDef:
 
 
 def _bind(config: ModelConfig, params: dict) -> DeepseekV3:
-    return nnx.merge(_graphdef(config), nnx.State(quantize_params(config, params)))
+    return nnx.merge(_graphdef(config), nnx.State(prepare_params(config, params)))
 
 
 def _require_fits(config: ModelConfig, length: int) -> None:
