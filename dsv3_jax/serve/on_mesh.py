@@ -22,7 +22,7 @@ from dsv3_jax.model import (
     prefill,
     split_layers,
 )
-from dsv3_jax.sharding.mesh import BATCH_AXES, check_mesh, num_batch_shards, require_divides
+from dsv3_jax.sharding.mesh import BATCH_AXES, Work, check_mesh
 from dsv3_jax.sharding.rules import batch_spec, per_device, split_param
 from dsv3_jax.sharding.zero import axis_names
 
@@ -52,7 +52,7 @@ def make_prefill(config: ModelConfig, mesh: jax.sharding.Mesh, *, batch_size: in
     Raises:
       ValueError: the network, the prompts or their tokens do not split evenly over the mesh.
     """
-    check_mesh(config, mesh, sequence_length=length, num_sequences=batch_size)
+    check_mesh(Work(config, sequence_length=length, num_sequences=batch_size), mesh)
 
     def run(params: dict, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         return prefill(config, params, tokens_BT, lengths_B, cache)
@@ -71,9 +71,7 @@ def make_decode_step(config: ModelConfig, mesh: jax.sharding.Mesh, *, batch_size
     Raises:
       ValueError: the network or the rows do not split evenly over the mesh.
     """
-    check_mesh(config, mesh)
-    devices = num_batch_shards(mesh) * mesh.shape["tensor"]
-    require_divides("mesh.replica·node·gpu·tensor", devices, batch_size, "rows")
+    check_mesh(Work(config, num_rows=batch_size), mesh)
 
     def run(params: dict, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         return decode_step(config, params, tokens_B, cache)

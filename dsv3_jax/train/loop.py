@@ -40,7 +40,7 @@ from dsv3_jax.train.metrics import NoLog, RunLog, Screen, SilentScreen, Throughp
 from dsv3_jax.train.plots import write_plots
 from dsv3_jax.train.requests import Requests
 from dsv3_jax.train.state import TrainState, abstract_state, fresh_state, init_state, state_shardings
-from dsv3_jax.train.step import make_train_step
+from dsv3_jax.train.step import make_train_step, training_work
 
 
 @dataclasses.dataclass
@@ -78,7 +78,7 @@ def train(config: RunConfig, workdir: str | Path, *, processes: Processes = ALON
       FloatingPointError: `train.max_bad_steps` steps in a row were skipped.
     """
     require_same_run(workdir, config)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, work=training_work(config))
     train_step = make_train_step(config, mesh)
     corpus = open_usable_corpus(config)
     require_same_tokenizer(workdir, corpus)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.config import RunConfig
 from dsv3_jax.model import param_splits, quantize_params, with_masters
 from dsv3_jax.sharding.collectives import max_over, sum_over
-from dsv3_jax.sharding.mesh import AXES, check_mesh
+from dsv3_jax.sharding.mesh import AXES, Work, check_mesh
 from dsv3_jax.sharding.rules import batch_sharding, batch_spec, per_device, replicated
 from dsv3_jax.sharding.zero import as_part, gather_parts, is_part, reduce_gradient
 from dsv3_jax.train import schedule
@@ -54,6 +54,11 @@ def make_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainStep:
     return call
 
 
+def training_work(config: RunConfig) -> Work:
+    """Returns what a mesh has to split evenly for a training step."""
+    return Work(config.model, config.data.sequence_length, num_sequences=config.train.rows_per_pass)
+
+
 def lower_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """Returns the step of `make_train_step` lowered for the mesh's devices, which need not exist."""
     return trace_train_step(config, mesh).lower()
@@ -70,8 +75,7 @@ def trace_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.T
 
 
 def _jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable:
-    check_mesh(config.model, mesh, sequence_length=config.data.sequence_length,
-               num_sequences=config.train.rows_per_pass)  # fmt: skip
+    check_mesh(training_work(config), mesh)
     shardings = state_shardings(config, mesh)
     param_parts = jax.tree.map(lambda sharding: sharding.spec, shardings.params)
     share = per_device(

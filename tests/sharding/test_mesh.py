@@ -1,15 +1,18 @@
 """Building meshes, and where the rules put arrays."""
 
 import dataclasses
+import itertools
+import math
 import re
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import MeshConfig, ModelConfig
-from dsv3_jax.sharding.mesh import AXES, BATCH_AXES, EXPERT_AXES, check_mesh, make_mesh
+from dsv3_jax.sharding.mesh import AXES, BATCH_AXES, EXPERT_AXES, Work, check_mesh, make_mesh
 from dsv3_jax.sharding.rules import split_param
 
 
@@ -22,20 +25,26 @@ def test_one_device_mesh_has_every_axis():
 @pytest.mark.parametrize(
     ("axes", "fragments"),
     [
-        ({"replica": 3}, ["mesh=", "'replica': 3", "8 devices do not split by 3", "change the axes"]),
-        ({"replica": 2, "gpu": 2}, ["mesh=", "'gpu': 2", "multiplies to 4", "8 devices", "set one axis to -1"]),
-        ({"replica": -1, "gpu": -1}, ["mesh=", "at most one axis may be -1"]),
-        ({"gpu": 16}, ["mesh=", "'gpu': 16", "multiplies to 16"]),
+        ({"replica": 3}, ["mesh=replica=3", "8 devices do not split by 3", "replica=4, node=1, gpu=2, tensor=1"]),
+        ({"replica": 2, "gpu": 2}, ["mesh=replica=2", "multiplies to 4", "8 devices", "use replica="]),
+        ({"replica": -1, "gpu": -1}, ["mesh.replica·gpu=-1", "only one", "of 8 devices use"]),
+        ({"gpu": 16}, ["gpu=16", "multiplies to 16", "there are 8 devices", "node=1, gpu=8"]),
     ],
 )
 def test_axes_that_do_not_fit_the_devices_are_refused(axes, fragments):
     eight_devices = [None] * 8  # refused before any device is looked at
-    with pytest.raises(ValueError, match=re.escape(fragments[0])) as error:
+    with pytest.raises(ValueError, match="mesh") as error:
         make_mesh(MeshConfig(**axes), devices=eight_devices)
     for fragment in fragments:
         assert fragment in str(error.value)
 
 
+def test_what_is_proposed_instead_of_a_number_of_devices_splits_the_network():
+    with pytest.raises(ValueError, match="there are 12 devices; of 12 devices use replica=3, node=1, gpu=2, tensor=2"):
+        make_mesh(MeshConfig(gpu=2, tensor=3), devices=[None] * 12, work=Work(NETWORK, num_sequences=6))
+
+
+NETWORK = ModelConfig(num_hidden_layers=2, first_k_dense_replace=1)
 MESH = AbstractMesh((1, 2, 2, 4, 2), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -65,30 +74,63 @@ def _mesh(**sizes) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-NETWORK = ModelConfig(num_hidden_layers=2, first_k_dense_replace=1)
-
-
 @pytest.mark.parametrize(
-    ("axes", "fragments"),
+    ("axes", "obstacle"),
     [
-        ({"tensor": 3}, ["mesh.tensor=3", "num_attention_heads=128", "2 would"]),
-        ({"tensor": 256}, ["mesh.tensor=256", "num_attention_heads=128", "128 would"]),
-        ({"node": 16}, ["mesh.node=16", "n_group", "=8", "8 would"]),
-        ({"gpu": 3, "node": 1}, ["mesh.replica·node·gpu=3", "sequences of a pass=32", "2 would"]),
-        ({"gpu": 32, "node": 8, "replica": 1, "tensor": 2}, ["=256", "sequences of a pass=32", "32 would"]),
-        ({"gpu": 32, "tensor": 16}, ["mesh.node·gpu·tensor=512", "n_routed_experts=256", "256 would"]),
-        ({"tensor": 64}, ["mesh.tensor=64", "tokens per sequence=4000", "50 would"]),
+        ({"tensor": 3}, "mesh.tensor=3: does not divide model.num_attention_heads=128"),
+        ({"tensor": 256}, "mesh.tensor=256: does not divide model.num_attention_heads=128"),
+        ({"node": 16}, "mesh.node=16: does not divide model.n_group (a group of experts lives in one node)=8"),
+        ({"gpu": 3, "node": 1}, "mesh.replica·node·gpu=3: does not divide sequences of a pass=32"),
+        ({"gpu": 32, "node": 8, "tensor": 2}, "mesh.replica·node·gpu=256: does not divide sequences of a pass=32"),
+        ({"gpu": 32, "tensor": 16}, "mesh.node·gpu·tensor=512: does not divide model.n_routed_experts=256"),
+        ({"tensor": 64}, "mesh.tensor=64: does not divide tokens per sequence=4000"),
     ],
 )
-def test_a_mesh_that_does_not_divide_the_network_is_refused(axes, fragments):
-    with pytest.raises(ValueError, match="mesh") as error:
-        check_mesh(NETWORK, _mesh(**axes), sequence_length=4000, num_sequences=32)
-    for fragment in fragments:
-        assert fragment in str(error.value)
+def test_a_mesh_that_does_not_divide_the_network_is_refused(axes, obstacle):
+    with pytest.raises(ValueError, match=re.escape(obstacle)):
+        check_mesh(Work(NETWORK, sequence_length=4000, num_sequences=32), _mesh(**axes))
 
 
 def test_fp8_parts_are_whole_blocks():
-    network = dataclasses.replace(NETWORK, precision="fp8", num_attention_heads=8, v_head_dim=64)
-    check_mesh(network, _mesh(tensor=2))
-    with pytest.raises(ValueError, match=r"mesh\.tensor=8.*leaves 64 of .*v_head_dim=512.*multiple of 128"):
-        check_mesh(network, _mesh(tensor=8))
+    work = Work(dataclasses.replace(NETWORK, precision="fp8", num_attention_heads=8, v_head_dim=64))
+    check_mesh(work, _mesh(tensor=2))
+    with pytest.raises(ValueError, match=r"mesh\.tensor=8.*leaves 64 of .*v_head_dim=512.*multiple of 128; of 8"):
+        check_mesh(work, _mesh(tensor=8))
+
+
+def test_rows_that_are_decoded_split_over_all_devices():
+    check_mesh(Work(NETWORK, num_rows=24), _mesh(gpu=4, tensor=2))
+    with pytest.raises(ValueError, match="replica·node·gpu·tensor=16: does not divide rows=24; no mesh of 16 devices"):
+        check_mesh(Work(NETWORK, num_rows=24), _mesh(gpu=8, tensor=2))
+
+
+def test_the_proposed_mesh_splits_all_and_uses_as_many_devices_as_can_be():
+    """200 random networks and meshes; what splits is counted here by hand."""
+    rng = np.random.default_rng(0)
+
+    def splits(model, length, sequences, replica, node, gpu, tensor):
+        return not any((model.num_attention_heads % tensor, length % tensor, sequences % (replica * node * gpu),
+                        model.n_group % node, model.n_routed_experts % (node * gpu * tensor)))  # fmt: skip
+
+    num_refused = 0
+    for _ in range(200):
+        groups, length, sequences = rng.integers(1, 7), int(rng.integers(4, 40)), int(rng.integers(1, 13))
+        model = dataclasses.replace(
+            NETWORK, num_attention_heads=int(rng.integers(1, 13)), n_routed_experts=int(groups * rng.integers(2, 9)),
+            n_group=int(groups), topk_group=1, num_experts_per_tok=1, first_k_dense_replace=0,
+        )  # fmt: skip
+        axes = {axis: int(size) for axis, size in zip(AXES[1:], rng.choice([1, 1, 2, 3, 4], 4))}
+        work = Work(model, length, sequences)
+        if splits(model, length, sequences, **axes):
+            check_mesh(work, _mesh(**axes))
+            continue
+        num_refused += 1
+        with pytest.raises(ValueError, match="does not divide") as error:
+            check_mesh(work, _mesh(**axes))
+        proposed = [int(size) for size in re.findall(r"(?:replica|node|gpu|tensor)=(\d+)", str(error.value))[-4:]]
+        assert splits(model, length, sequences, *proposed), str(error.value)
+        number = math.prod(axes.values())
+        larger = [sizes for sizes in itertools.product(range(1, number + 1), repeat=4)
+                  if math.prod(proposed) < math.prod(sizes) <= number] if number <= 8 else []  # fmt: skip
+        assert not any(splits(model, length, sequences, *sizes) for sizes in larger), str(error.value)
+    assert num_refused > 100
