@@ -141,7 +141,11 @@ def step_record(step: int, *, tokens: int, settings: StepSettings, metrics: dict
       step: steps finished, this one included.
       tokens: tokens trained, this step included.
       settings: what the step ran with.
-      metrics: of the train step, fetched to the host.
+      metrics: of `train.step.make_train_step`, fetched to the host.
+
+    Returns:
+      kind, step, tokens, every scalar metric, the settings, and how unevenly the experts were loaded. Of these
+      exchange_further_rounds says what an uneven load cost: 0 on one device and whenever all tokens found room at once.
     """
     relative_load = {
         f"{EXPERT_STACKS[stack]} {layer}": load_E / load_E.mean()
@@ -190,6 +194,8 @@ def progress_line(config: RunConfig, record: dict) -> str:
     if "expert_load_max_over_mean" in record:
         parts.append(f"expert load max/mean {record['expert_load_max_over_mean']:.2f}")
     parts += [f"lr {record['learning_rate']:.2e}", f"grad norm {record['grad_norm']:.2f}"]
+    if record["exchange_further_rounds"]:
+        parts.append(f"further exchange rounds {record['exchange_further_rounds']}")
     if record["bad_steps"]:
         parts.append(f"bad steps {record['bad_steps']}")
     if rate is not None:

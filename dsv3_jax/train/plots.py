@@ -48,7 +48,10 @@ def draw_loss(axes: Axes, train: list[dict], heldout: list[dict]) -> None:
 
 
 def draw_expert_load(axes: Axes, train: list[dict]) -> None:
-    """Draws the load of the most and the least loaded expert of every layer, relative to the mean."""
+    """Draws the load of the most and the least loaded expert of every layer, relative to the mean.
+
+    On a second scale: the further rounds of the expert exchange, if there were any.
+    """
     steps = [record["step"] for record in train]
     layers = list(train[0]["expert_load_max_over_mean_by_layer"])
     colors = matplotlib.colormaps["viridis"].resampled(max(len(layers), 2))
@@ -60,6 +63,12 @@ def draw_expert_load(axes: Axes, train: list[dict]) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("tokens of the most and least loaded expert / mean")
     axes.set_ylim(bottom=0)
+    rounds = [record.get("exchange_further_rounds", 0) for record in train]  # older lines of a workdir tell none
+    if any(rounds):
+        right = axes.twinx()
+        right.plot(steps, rounds, color="tab:red", linewidth=0.8)
+        right.set_ylabel("further rounds of the expert exchange in a step, all layers", color="tab:red")
+        right.set_ylim(bottom=0)
     if len(layers) <= 12:
         axes.legend()
 

@@ -1,5 +1,7 @@
 """Checks of the expert exchange on sixteen CPU devices, run by test_expert_exchange.py: the argument names one."""
 
+import collections
+import dataclasses
 import functools
 import sys
 
@@ -8,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.config import MeshConfig
+from dsv3_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from dsv3_jax.fp8 import experts as fp8_experts
 from dsv3_jax.fp8.feed_forward import FeedForwardWeights
 from dsv3_jax.fp8.linear import pad_rows
 from dsv3_jax.fp8.weight import quantize_weight
 from dsv3_jax.kernels.block_quantize import quantize_rows
 from dsv3_jax.model import experts
-from dsv3_jax.model.moe import EXPERTS, FP8_EXPERTS
+from dsv3_jax.model.moe import EXPERTS, FP8_EXPERTS, exchange_capacity
 from dsv3_jax.plan import hlo, traffic
 from dsv3_jax.sharding import row_packing
 from dsv3_jax.sharding.exchange_plan import copies_to_send
@@ -28,8 +30,12 @@ from dsv3_jax.sharding.expert_exchange import (
     plan_capacity,
     serve,
 )
-from dsv3_jax.sharding.mesh import AXES, EXPERT_AXES, make_mesh
+from dsv3_jax.sharding.mesh import AXES, EXPERT_AXES, make_mesh, num_devices
+from dsv3_jax.testing.networks import random_tokens
 from dsv3_jax.testing.tolerances import assert_close
+from dsv3_jax.train import schedule
+from dsv3_jax.train.state import init_state
+from dsv3_jax.train.step import make_train_step, split_batch
 
 NUM_EXPERTS, TOP_K, GROUPS, TOPK_GROUP, HIDDEN, WIDTH, TOKENS = 32, 4, 4, 2, 12, 5, 40  # TOKENS: per device
 TOKEN_AXES = ("replica", *EXPERT_AXES)
@@ -253,6 +259,92 @@ def check_hundred_routings():
         operands = (x_TD, experts_TK, weights_TK, params, cotangent_TD)
         assert_all_close(run(*operands), run_dense(*operands), FLOAT32, f"routing {number}")
     assert run._cache_size() == 1
+
+
+def rounds_of_the_slowest(experts_TK: np.ndarray, capacity: Capacity) -> int:
+    """Plays the rounds of devices that own consecutive tokens, by hand; returns how many the slowest takes."""
+    experts_per_node, num_rounds = capacity.num_experts // capacity.num_nodes, 0
+    for own_TK in experts_TK.reshape(-1, capacity.num_tokens, capacity.top_k).tolist():
+        waiting = {
+            node: [[e for e in chosen if e // experts_per_node == node] for chosen in own_TK]
+            for node in range(capacity.num_nodes)
+        }
+        waiting = {node: [chosen for chosen in copies if chosen] for node, copies in waiting.items()}
+        own_rounds = 0
+        while any(waiting.values()):
+            own_rounds += 1
+            for node, copies in waiting.items():
+                rows, choices, left = collections.Counter(), collections.Counter(), []
+                for place, chosen in enumerate(copies):
+                    choices.update(e // capacity.experts_per_device for e in chosen)
+                    devices = {e // capacity.experts_per_device for e in chosen}
+                    rows.update(devices)
+                    fits = place < capacity.node_rows and all(
+                        rows[d] <= capacity.device_rows and choices[d] <= capacity.device_choices for d in devices
+                    )
+                    if not fits:
+                        left.append(chosen)
+                waiting[node] = left
+        num_rounds = max(num_rounds, own_rounds)
+    return num_rounds
+
+
+def check_further_rounds():
+    """What is told of the rounds is what playing them by hand counts, by every group that exchanges for itself."""
+    told = []
+    for axes, factor in (
+        ({"replica": 2, "node": 2, "gpu": 4}, 0.3), ({"node": 4, "gpu": 2}, 0.6), ({"gpu": 2}, 1.25), ({"gpu": 2}, 9.0),
+    ):  # fmt: skip
+        exchange = Exchange(axes, factor)
+        x_TD, weights_TK, params, _ = draw_problem(exchange.num_tokens)
+
+        def count(*operands, exchange=exchange):
+            return exchange.count_rounds(*operands)[1][None]
+
+        tokens, experts = P(TOKEN_AXES), P(EXPERT_AXES)
+        in_specs = (tokens, tokens, tokens, experts)
+        mapped = jax.shard_map(count, mesh=exchange.mesh, in_specs=in_specs, out_specs=tokens, check_vma=False)
+        run = jax.jit(mapped, compiler_options=QUICK_COMPILE)
+        num_groups = exchange.sizes["replica"]
+        for name, experts_TK in routings(len(x_TD), exchange.num_devices // num_groups, exchange.sizes["node"]).items():
+            rounds = [rounds_of_the_slowest(part, exchange.capacity) for part in np.split(experts_TK, num_groups)]
+            expected = np.repeat([max(0, count - 1) for count in rounds], exchange.num_devices // num_groups)
+            actual = run(x_TD, experts_TK.astype(np.int32), weights_TK, params)
+            np.testing.assert_array_equal(actual, expected, err_msg=f"{exchange.name} {name}")
+            told.append(max(rounds) - 1)
+    assert max(told) >= 3 and told.count(0) > 5, f"these routings tell little: {told}"
+
+
+def check_rounds_of_a_step():
+    """A step adds up the rounds of its layers and passes, once each, whatever the backward pass computes again."""
+    chosen_K, num_passes, length = [0, 1, 8, 9], 2, 16
+    model = ModelConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=2,
+        first_k_dense_replace=1, num_nextn_predict_layers=1, num_attention_heads=2, q_lora_rank=None, kv_lora_rank=8,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4, n_routed_experts=NUM_EXPERTS, n_group=GROUPS,
+        topk_group=TOPK_GROUP, num_experts_per_tok=TOP_K, precision="fp32", exchange_capacity=0.3, remat_policy="full",
+    )  # fmt: skip
+    config = RunConfig(
+        model=model, mesh=MeshConfig(replica=2, node=2, gpu=2), data=DataConfig(sequence_length=length),
+        train=TrainConfig(batch_size=8 * num_passes, microbatch_size=8, batch_ramp_tokens=0),
+    )  # fmt: skip
+    mesh = make_mesh(config.mesh, devices=jax.devices()[:8])
+    with jax.set_mesh(mesh):
+        state = init_state(config, mesh)
+        is_chosen_E = jnp.isin(jnp.arange(NUM_EXPERTS), jnp.array(chosen_K))
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf + is_chosen_E if "e_score_correction_bias" in str(path) else leaf, state.params
+        )
+        tokens_ABT = split_batch(config, random_tokens(model, 0, config.train.batch_size, length + 1))
+        step, settings = make_train_step(config, mesh), schedule.at(config.train, step=0, tokens=0)
+        _, metrics = step(dataclasses.replace(state, params=params), tokens_ABT, settings)
+    for load_LE in metrics["tokens_per_expert"].values():
+        assert set(np.nonzero(np.asarray(load_LE))[1]) == set(chosen_K), "the routing is not what was asked for"
+    capacity = exchange_capacity(model, length, functools.partial(num_devices, mesh))
+    rounds = rounds_of_the_slowest(np.tile(chosen_K, (length, 1)), capacity)
+    moe_layers = model.num_moe_layers + model.num_nextn_predict_layers
+    assert rounds > 2
+    assert int(metrics["exchange_further_rounds"]) == (rounds - 1) * moe_layers * num_passes, metrics
 
 
 def check_rematerialised_layers():

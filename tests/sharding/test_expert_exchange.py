@@ -11,6 +11,7 @@ SCRIPT = pathlib.Path(__file__).with_name("exchange_devices.py")
 CHECKS = (
     "each_axis_alone", "axes_together", "sixteen_devices", "bfloat16", "hundred_routings", "rematerialised_layers",
     "experts_of_the_model", "sums", "bytes",
+    "further_rounds", "rounds_of_a_step",
 )  # fmt: skip
 
 

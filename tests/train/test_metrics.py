@@ -4,23 +4,24 @@ import struct
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dsv3_jax.config import ModelConfig, override
 from dsv3_jax.model import param_specs
 from dsv3_jax.train.flops import active_matmul_params, train_flops_per_token
 from dsv3_jax.train.metrics import METRICS_FILE, RunLog, Throughput, progress_line, read_records, step_record
-from dsv3_jax.train.plots import write_plots
+from dsv3_jax.train.plots import draw_expert_load, write_plots
 from dsv3_jax.train.schedule import StepSettings
 
 SETTINGS = StepSettings(learning_rate=1e-3, batch_size=4, mtp_loss_weight=0.3, bias_update_speed=0.001)
 
 
-def record(step: int, *, loss: float = 2.0) -> dict:
+def record(step: int, *, loss: float = 2.0, rounds: int = 0) -> dict:
     metrics = {
         "loss": np.float32(loss), "mtp_loss": np.float32(2.5), "balance_loss": np.float32(1),
         "total_loss": np.float32(loss), "grad_norm": np.float32(1), "is_good": np.bool_(True), "bad_steps": np.int32(0),
-        "bad_steps_in_row": np.int32(0),
+        "bad_steps_in_row": np.int32(0), "exchange_further_rounds": np.int32(rounds),
         "tokens_per_expert": {"moe_layers": np.array([[1, 3], [2, 2]]), "mtp_layers": np.array([[4, 0]])},
     }  # fmt: skip
     made = step_record(step, tokens=48 * step, settings=SETTINGS, metrics=metrics)
@@ -97,7 +98,19 @@ def test_throughput_counts_tokens_between_due_steps(micro, monkeypatch):
 def test_progress_line_says_what_is_left(micro):
     line = progress_line(override(micro, {"train.num_steps": 101}), record(1))
     assert "step 1/101" in line and "100 tokens/s" in line and "ETA 0:00:48" in line  # 100 steps x 48 tokens
-    assert "expert load max/mean 2.00" in line
+    assert "expert load max/mean 2.00" in line and "further" not in line
+
+
+def test_further_rounds_of_the_exchange_are_written_and_shown(micro, tmp_path):
+    log = RunLog(tmp_path, start_step=0)
+    log.write(record(1))
+    log.write(record(2, rounds=3))
+    log.close()
+    assert [r["exchange_further_rounds"] for r in read_records(tmp_path)] == [0, 3]
+    assert "further exchange rounds 3" in progress_line(micro, record(2, rounds=3))
+    figure = Figure()
+    draw_expert_load(figure.add_subplot(), read_records(tmp_path))
+    assert [line.get_ydata().tolist() for line in figure.axes[1].get_lines()] == [[0, 3]]
 
 
 def test_active_parameters_equal_a_count_over_the_declared_ones(micro):

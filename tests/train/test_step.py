@@ -131,6 +131,7 @@ def test_a_growing_batch_compiles_nothing(state, in_passes_of_one):
             state, metrics = step(state, tokens[0], smaller)
     assert compilations == []
     assert metrics["tokens_per_expert"]["moe_layers"].sum() == 2 * 12 * 2
+    assert metrics["exchange_further_rounds"] == 0, "one device exchanges nothing"
 
 
 def test_steps_learn_a_batch_by_heart(state, in_one_pass):
