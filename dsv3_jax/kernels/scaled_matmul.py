@@ -3,8 +3,9 @@
 One warpgroup copies tiles of both operands and their scales to shared memory and runs ahead across output tiles, so the
 next tile's loads happen during the epilogue. Each of the others multiplies 64 rows of the tile, 128 of the contraction
 at a time: the tensor cores start from zero, and the partial products are scaled and added to float32 registers. Three
-of them, so that two can multiply while one adds up; with two, products took about 16% longer on an H200. A stage is
-given back before that addition.
+of them, so that two can multiply while one adds up; with two of 64 rows, products took about 16% longer on an H200. Two
+may take turns with two waves of 64 rows each instead, so that operands are read for a larger tile. A stage is given back
+before the last addition.
 
 The scales of a stage are read by ordinary loads and overwritten by TMA without a proxy fence between: the loads have
 returned before the stage is given back. The race detector of the interpreter wants the fence (`Tile.fence`); it costs
@@ -32,9 +33,10 @@ WHOLE_ROWS, WHOLE_ROW_BYTES = 8, 128  # TMA reads and writes codes and outputs i
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """The work of one thread block: a rows x columns tile of the output, 64 rows per multiplying warpgroup."""
+    """The work of one thread block: a rows x columns tile of the output."""
 
-    warpgroups: int = 3
+    warpgroups: int = 3  # that multiply
+    waves: int = 1  # of 64 rows each that a warpgroup multiplies one after the other
     columns: int = 128  # at most the 128 that share a scale of the weights
     stages: int = 4  # 128-deep steps in shared memory at one time
     store_columns: int = 128  # columns per store to device memory
@@ -44,7 +46,7 @@ class Tile:
 
     @property
     def rows(self) -> int:
-        return 64 * self.warpgroups
+        return WARPGROUP_ROWS * self.warpgroups * self.waves
 
 
 class Work(NamedTuple):
@@ -82,7 +84,8 @@ def scaled_matmul(
     whole_shape = out_type.shape
     a, b = with_whole_tiles(a), with_whole_tiles(b)
     out_type = with_whole_rows(out_type)
-    rows, columns, stages, warpgroups = tile.rows, tile.columns, tile.stages, tile.warpgroups
+    columns, stages, warpgroups, waves = tile.columns, tile.stages, tile.warpgroups, tile.waves
+    wave_rows = WARPGROUP_ROWS * warpgroups
     out_columns = out_type.shape[-1]
     is_blockwise = b.tile == "block"
     block_scales = b.scales.shape[-1]
@@ -90,8 +93,9 @@ def scaled_matmul(
 
     # One function because the two roles share barriers, buffers and the order of tiles.
     def fp8_matmul_kernel(*refs):
-        *in_refs, out_ref, a_smem, b_smem, a_scales_smem, b_scales_smem, out_smem = refs[:-4]
-        full, empty, full_blocks, empty_blocks = refs[-4:]
+        refs, full = refs[:-waves], refs[-waves:]
+        *in_refs, out_ref, a_smem, b_smem, a_scales_smem, b_scales_smem, out_smem = refs[:-3]
+        empty, full_blocks, empty_blocks = refs[-3:]
         a_ref, a_scales_ref, b_ref, b_scales_ref, *table_refs = in_refs
         warpgroup, first = lax.axis_index("warpgroup"), lax.axis_index("first")
         count = lax.div(num_work(table_refs) - first + NUM_SMS - 1, NUM_SMS)
@@ -110,7 +114,6 @@ def scaled_matmul(
                 slot, now = carry
                 later = work(index + 1)  # read early, so that the loads from the tables are never waited for
                 matrix = (now.group,) if b.codes.ndim == 3 else ()
-                tile_rows = pl.ds(pl.multiple_of(now.first_row, WARPGROUP_ROWS), rows)
                 tile_columns = pl.ds(pl.multiple_of(now.first_column, columns), columns)
                 if is_blockwise:
                     parity = lax.rem(index, 2)
@@ -125,12 +128,15 @@ def scaled_matmul(
                     plgpu.barrier_wait(empty.at[slot])
                     step = now.first_step + index
                     contracted = pl.ds(step * TILE, TILE)
-                    arrived = full.at[slot]
+                    arrived = full[0].at[slot]
                     plgpu.copy_gmem_to_smem(b_ref.at[(*matrix, tile_columns, contracted)], b_smem.at[slot], arrived)
-                    plgpu.copy_gmem_to_smem(a_ref.at[tile_rows, contracted], a_smem.at[slot], arrived)
-                    plgpu.copy_gmem_to_smem(a_scales_ref.at[step, tile_rows], a_scales_smem.at[slot], arrived)
                     if not is_blockwise:
                         plgpu.copy_gmem_to_smem(b_scales_ref.at[step, tile_columns], b_scales_smem.at[slot], arrived)
+                    for wave in range(waves):
+                        source = pl.ds(pl.multiple_of(now.first_row + wave * wave_rows, WARPGROUP_ROWS), wave_rows)
+                        target, arrived = pl.ds(wave * wave_rows, wave_rows), full[wave].at[slot]
+                        plgpu.copy_gmem_to_smem(a_ref.at[source, contracted], a_smem.at[slot, target], arrived)
+                        plgpu.copy_gmem_to_smem(a_scales_ref.at[step, source], a_scales_smem.at[slot, target], arrived)
                     return next_slot(slot)
 
                 return lax.fori_loop(0, now.num_steps, load_step, slot), later
@@ -150,7 +156,7 @@ def scaled_matmul(
         @pl.when(warpgroup < warpgroups)
         def _consume():
             plgpu.set_max_registers(consumer_registers(warpgroups), action="increase")
-            own_rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            own_first_rows = [wave * wave_rows + warpgroup * WARPGROUP_ROWS for wave in range(waves)]
             shape = (WARPGROUP_ROWS, columns)
 
             @pl.loop(0, stages)
@@ -173,11 +179,9 @@ def scaled_matmul(
                 if is_blockwise:
                     plgpu.barrier_wait(full_blocks.at[parity])
 
-                def multiply_step(index, carry):
-                    slot, acc = carry
-                    if is_blockwise:
-                        b_scale = b_scales_smem[parity, now.first_step + index]
-                    plgpu.barrier_wait(full.at[slot])
+                def multiply_wave(wave, slot, b_scale, acc):
+                    plgpu.barrier_wait(full[wave].at[slot])
+                    own_rows = pl.ds(own_first_rows[wave], WARPGROUP_ROWS)
                     a_scale = plgpu.load(a_scales_smem, (slot, own_rows), layout=plgpu.Layout.WGMMA.reduce(1))
 
                     def multiply(partial_ref):
@@ -186,34 +190,47 @@ def scaled_matmul(
 
                     partial = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                     if is_blockwise:
-                        give_back(slot)
-                        return next_slot(slot), acc + partial * lax.broadcast_in_dim(a_scale * b_scale, shape, [0])
+                        if wave == waves - 1:
+                            give_back(slot)
+                        return acc + partial * lax.broadcast_in_dim(a_scale * b_scale, shape, [0])
                     # Read only now, and a few at a time: 32 more registers would not be there.
                     b_scale = plgpu.load(b_scales_smem, (slot, slice(None)), layout=plgpu.Layout.WGMMA.reduce(0))
                     scale = lax.broadcast_in_dim(a_scale, shape, [0]) * lax.broadcast_in_dim(b_scale, shape, [1])
                     acc = acc + partial * scale
-                    give_back(slot)
-                    return next_slot(slot), acc
+                    if wave == waves - 1:
+                        give_back(slot)
+                    return acc
+
+                def multiply_step(index, carry):
+                    slot, accs, _ = carry
+                    b_scale = b_scales_smem[parity, now.first_step + index] if is_blockwise else None
+                    accs = [multiply_wave(wave, slot, b_scale, acc) for wave, acc in enumerate(accs)]
+                    # A later use of zero. Without it the last wave's result takes its register, and ptxas, for which it
+                    # is then no constant, clears 64 registers before that wave.
+                    zero = lax.optimization_barrier(jnp.float32(0)) if waves > 1 else jnp.float32(0)
+                    return next_slot(slot), accs, zero
 
                 def skip_step(_, slot):
-                    plgpu.barrier_wait(full.at[slot])
+                    for arrived in full:
+                        plgpu.barrier_wait(arrived.at[slot])
                     plgpu.barrier_arrive(empty.at[slot])
                     return next_slot(slot)
 
                 # A warpgroup whose rows all belong to another tile leaves the tensor cores to the others.
-                first_row = now.first_row + warpgroup * WARPGROUP_ROWS
-                own_steps = jnp.where(first_row < now.row_end, now.num_steps, 0)
+                own_steps = jnp.where(now.first_row + own_first_rows[0] < now.row_end, now.num_steps, 0)
                 zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-                slot, acc = lax.fori_loop(0, own_steps, multiply_step, (slot, zeros))
+                start = (slot, [zeros] * waves, jnp.float32(0))
+                slot, accs, _ = lax.fori_loop(0, own_steps, multiply_step, start)
                 slot = lax.fori_loop(own_steps, now.num_steps, skip_step, slot)
                 if is_blockwise:
                     plgpu.barrier_arrive(empty_blocks.at[parity])
-                store_tile(acc.astype(out_type.dtype), now)
+                for own_first_row, acc in zip(own_first_rows, accs, strict=True):
+                    store_wave(acc.astype(out_type.dtype), own_first_row, now)
                 return slot, later
 
-            def store_tile(out_tile, now):
+            def store_wave(out_tile, own_first_row, now):
                 matrix = (now.group,) if len(out_type.shape) == 3 else ()
-                first_row = pl.multiple_of(now.first_row, WARPGROUP_ROWS) + warpgroup * WARPGROUP_ROWS
+                first_row = pl.multiple_of(now.first_row, WARPGROUP_ROWS) + own_first_row
                 block_rows = pl.ds(first_row, WARPGROUP_ROWS)
                 width = tile.store_columns
                 for i, start in enumerate(range(0, columns, width)):
@@ -224,7 +241,7 @@ def scaled_matmul(
                     def _store(i=i, block=block, first_column=first_column):
                         target = out_ref.at[(*matrix, block_rows, pl.ds(first_column, width))]
                         buffer = out_smem.at[warpgroup, i % tile.store_slots]
-                        # The last tile may have left some of its blocks out, so which slots are in flight is not known.
+                        # Blocks may have been left out before, so which slots are in flight is not known.
                         plgpu.wait_smem_to_gmem(tile.store_slots - 1 if i else 0, wait_read_only=True)
                         buffer[...] = block
                         plgpu.commit_smem()
@@ -243,15 +260,16 @@ def scaled_matmul(
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=(
-            segmented((stages, rows, TILE), codes_dtype),
+            segmented((stages, tile.rows, TILE), codes_dtype),
             segmented((stages, columns, TILE), codes_dtype),
-            plgpu.SMEM((stages, rows), jnp.float32),
+            plgpu.SMEM((stages, tile.rows), jnp.float32),
             plgpu.SMEM(b_scales_shape, jnp.float32),
             segmented((warpgroups, tile.store_slots, WARPGROUP_ROWS, tile.store_columns), out_type.dtype),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=3 if is_blockwise else 4),
             plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
             plgpu.Barrier(num_barriers=2, num_arrivals=len(scale_boxes(block_scales))),
             plgpu.Barrier(num_barriers=2, num_arrivals=warpgroups),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=3 if is_blockwise else 4),
+            *[plgpu.Barrier(num_barriers=stages, num_arrivals=2)] * (waves - 1),
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*operands)

@@ -1,5 +1,6 @@
 """Calls of the Hopper kernels at DeepSeek-V3's sizes, one for every tile that is tuned, and their operands' types."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from dsv3_jax.kernels.block_quantize import pallas_gpu as quantizers
 from dsv3_jax.kernels.fp8_matmul import pallas_gpu as dense
 from dsv3_jax.kernels.grouped_matmul import pallas_gpu as grouped_bf16
 from dsv3_jax.kernels.grouped_matmul import pallas_gpu_fp8 as grouped
+from dsv3_jax.kernels.scaled_matmul import Tile
 
 # (outputs, inputs) of the linears and of their transposes: latents, heads, dense and expert feed-forwards.
 LINEARS = [
@@ -94,13 +96,22 @@ def tile_of(call: Call) -> Any:
 
 
 def ragged_calls() -> dict[str, Call]:
-    """Returns calls of the FP8 products whose sizes no tile divides."""
+    """Returns calls of the FP8 products whose sizes no tile divides, and of tiles in waves."""
     sizes = jax.ShapeDtypeStruct((3,), jnp.int32)
+    in_waves = Tile(warpgroups=2, waves=2, store_columns=64)
+    gradient_in_waves = dataclasses.replace(in_waves, store_columns=32)
     return {
         "ragged": Call(dense.fp8_matmul, (rows(4071, 7185), blocks(2117, 7185))),
         "ragged, few rows": Call(dense.fp8_matmul, (rows(7, 1551), blocks(581, 1551))),
         "ragged gradient": Call(
             functools.partial(dense.fp8_matmul, out_dtype=jnp.float32), (rows(581, 1007), rows(2117, 1007))
+        ),
+        "ragged in waves": Call(
+            functools.partial(dense.fp8_matmul, tile=in_waves), (rows(4071, 7185), blocks(2117, 7185))
+        ),
+        "ragged gradient in waves": Call(
+            functools.partial(dense.fp8_matmul, out_dtype=jnp.float32, tile=gradient_in_waves),
+            (rows(581, 1007), rows(2117, 1007)),
         ),
         "ragged grouped": Call(
             functools.partial(grouped.grouped_fp8_matmul, alignment=128), (rows(896, 719), blocks(3, 581, 719), sizes)

@@ -1,5 +1,6 @@
 """Hopper kernels of FP8 products: lowered for CUDA, interpreted, compiled for an absent H200, and on one."""
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -110,6 +111,7 @@ def interpreter(monkeypatch):
 
 FENCED = Tile(warpgroups=2, stages=2, fence=True)  # the race detector does not know why the fence can be left out
 FENCED_FLOAT32 = Tile(warpgroups=2, stages=2, store_columns=32, store_slots=2, fence=True)
+IN_WAVES = dataclasses.replace(FENCED_FLOAT32, warpgroups=1, waves=2)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +119,8 @@ FENCED_FLOAT32 = Tile(warpgroups=2, stages=2, store_columns=32, store_slots=2, f
     [
         ((200, 141, 319), "block", jnp.bfloat16, FENCED),
         ((131, 157, 270), "row", jnp.float32, FENCED_FLOAT32),
+        ((200, 141, 319), "block", jnp.bfloat16, IN_WAVES),
+        ((131, 157, 270), "row", jnp.float32, IN_WAVES),
         ((69, 99, 391), "block", jnp.bfloat16, FewRowsTile(columns=64, warpgroups=2, stages=4, fence=True)),
     ],
 )
@@ -126,15 +130,16 @@ def test_dense_kernels_in_the_interpreter_without_races(interpreter, shape, b_ti
     assert_rounded_once(actual, reference.fp8_matmul(a, b, out_dtype=out_dtype))
 
 
-def test_grouped_kernels_in_the_interpreter_without_races(interpreter):
+@pytest.mark.parametrize(("tile", "gradient_tile"), [(FENCED, FENCED_FLOAT32), (IN_WAVES, IN_WAVES)])
+def test_grouped_kernels_in_the_interpreter_without_races(interpreter, tile, gradient_tile):
     sizes = (130, 0, 5)
     drawn = grouped_operands(sizes, 190, 250)
     operands = (drawn.rows, drawn.weights, drawn.sizes_E)
-    actual = grouped.grouped_fp8_matmul(*operands, alignment=128, tile=FENCED)
+    actual = grouped.grouped_fp8_matmul(*operands, alignment=128, tile=tile)
     expected = grouped_reference.grouped_fp8_matmul(*operands, alignment=128, out_dtype=jnp.bfloat16)
     assert_rounded_once(actual[: drawn.ends[-1]], expected[: drawn.ends[-1]])
     operands = (drawn.columns, drawn.dy_columns, drawn.sizes_E)
-    actual = grouped.grouped_fp8_weight_gradient(*operands, alignment=128, tile=FENCED_FLOAT32)
+    actual = grouped.grouped_fp8_weight_gradient(*operands, alignment=128, tile=gradient_tile)
     expected = grouped_reference.grouped_fp8_weight_gradient(*operands, alignment=128, out_dtype=jnp.float32)
     assert_rounded_once(actual, expected)
     assert_empty_groups_are_zero(actual, sizes)
