@@ -3,9 +3,9 @@
 One warpgroup copies tiles of both operands and their scales to shared memory and runs ahead across output tiles, so the
 next tile's loads happen during the epilogue. Each of the others multiplies 64 rows of the tile, 128 of the contraction
 at a time: the tensor cores start from zero, and the partial products are scaled and added to float32 registers. Three
-of them, so that two can multiply while one adds up; with two of 64 rows, products took about 16% longer on an H200. Two
-may take turns with two waves of 64 rows each instead, so that operands are read for a larger tile. A stage is given back
-before the last addition.
+of them, so that two can multiply while one adds up; with two of 64 rows, products took about 16% longer on an H200. A
+warpgroup may multiply several waves of 64 rows instead, one after the other, so that operands are read for a larger
+tile. A stage is given back before the last addition.
 
 The scales of a stage are read by ordinary loads and overwritten by TMA without a proxy fence between: the loads have
 returned before the stage is given back. The race detector of the interpreter wants the fence (`Tile.fence`); it costs
@@ -158,6 +158,7 @@ def scaled_matmul(
             plgpu.set_max_registers(consumer_registers(warpgroups), action="increase")
             own_first_rows = [wave * wave_rows + warpgroup * WARPGROUP_ROWS for wave in range(waves)]
             shape = (WARPGROUP_ROWS, columns)
+            zero_per_row = plgpu.layout_cast(jnp.zeros(WARPGROUP_ROWS, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
             @pl.loop(0, stages)
             def _(slot):
@@ -207,8 +208,7 @@ def scaled_matmul(
                     accs = [multiply_wave(wave, slot, b_scale, acc) for wave, acc in enumerate(accs)]
                     # A later use of zero. Without it the last wave's result takes its register, and ptxas, for which it
                     # is then no constant, clears 64 registers before that wave.
-                    zero = lax.optimization_barrier(jnp.float32(0)) if waves > 1 else jnp.float32(0)
-                    return next_slot(slot), accs, zero
+                    return next_slot(slot), accs, lax.optimization_barrier(zero_per_row) if waves > 1 else zero_per_row
 
                 def skip_step(_, slot):
                     for arrived in full:
@@ -219,7 +219,7 @@ def scaled_matmul(
                 # A warpgroup whose rows all belong to another tile leaves the tensor cores to the others.
                 own_steps = jnp.where(now.first_row + own_first_rows[0] < now.row_end, now.num_steps, 0)
                 zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-                start = (slot, [zeros] * waves, jnp.float32(0))
+                start = (slot, [zeros] * waves, zero_per_row)
                 slot, accs, _ = lax.fori_loop(0, own_steps, multiply_step, start)
                 slot = lax.fori_loop(own_steps, now.num_steps, skip_step, slot)
                 if is_blockwise:
