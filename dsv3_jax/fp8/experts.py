@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.fp8.feed_forward import FeedForwardWeights, swiglu, swiglu_gradient
-from dsv3_jax.fp8.formats import E4M3, TILE, QuantizedArray, dequantize
+from dsv3_jax.fp8.feed_forward import FeedForwardWeights, gate_and_up, quantized_swiglu, weighted_swiglu_gradient
+from dsv3_jax.fp8.formats import E4M3, FLOAT32_MANTISSA_BITS, TILE, QuantizedArray
 from dsv3_jax.fp8.linear import pad_rows, weight_gradient
 from dsv3_jax.fp8.weight import Fp8Weight
 from dsv3_jax.kernels.block_quantize import quantize_columns, quantize_rows, rows_to_columns, swiglu_columns
@@ -27,9 +27,9 @@ from dsv3_jax.kernels.expert_rows import (
     sum_weighted_rows,
 )
 from dsv3_jax.kernels.grouped_matmul import grouped_fp8_matmul, grouped_fp8_weight_gradient
+from dsv3_jax.kernels.swiglu import swiglu
 
 ALIGNMENT = TILE  # rows of one expert start at a tile of their columns' quantization
-_MANTISSA_BITS = 23
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("codes_RD", "exponents_Rd"), meta_fields=("dtype",))
@@ -54,7 +54,7 @@ class Kept(NamedTuple):
 def pack(quantized: QuantizedArray, like_TD: jax.Array) -> Payload:
     """Returns what travels of tokens, given them and their row-quantized values with power-of-two scales."""
     codes_RD = jax.lax.bitcast_convert_type(quantized.codes, jnp.uint8)
-    exponents_dR = jax.lax.bitcast_convert_type(quantized.scales, jnp.int32) >> _MANTISSA_BITS
+    exponents_dR = jax.lax.bitcast_convert_type(quantized.scales, jnp.int32) >> FLOAT32_MANTISSA_BITS
     num_tokens = len(like_TD)
     return Payload(codes_RD[:num_tokens], exponents_dR.astype(jnp.uint8).T[:num_tokens], like_TD.dtype)
 
@@ -74,7 +74,7 @@ def forward(
     num_experts = len(params.down.forward.codes)
     rows = plan_rows(experts_RK, num_experts=num_experts, alignment=ALIGNMENT, max_choices=max_choices)
     gate_up_M2F = _multiply(_unpack(x, rows), params.gate_up.forward, rows, x.dtype)
-    hidden, swiglu_inputs = swiglu(gate_up_M2F, params.down.input_cache)
+    hidden, swiglu_inputs = quantized_swiglu(gate_up_M2F, params.down.input_cache)
     y_MD = _multiply(hidden, params.down.forward, rows, x.dtype)
     return sum_weighted_rows(y_MD, weights_RK, rows), Kept(x, weights_RK, rows, swiglu_inputs)
 
@@ -95,13 +95,10 @@ def backward(kept: Kept, dy: Payload, params: FeedForwardWeights) -> tuple[jax.A
     rows, swiglu_inputs = kept.rows, kept.swiglu_inputs
     weights_M = gather_weights(kept.weights_RK, rows)
     dy_MD = _unpack(dy, rows)
-    dhidden_MF = _multiply(dy_MD, params.down.backward, rows, dy.dtype).astype(jnp.float32)
-    hidden_MF = _hidden(swiglu_inputs)
-    dweights_M = jnp.sum(hidden_MF * dhidden_MF, axis=-1)
-    weighted_columns = _weighted_columns(swiglu_inputs, hidden_MF, weights_M, dy.dtype)
+    dhidden_MF = _multiply(dy_MD, params.down.backward, rows, dy.dtype)
+    weighted_columns = _weighted_columns(swiglu_inputs, weights_M, dy.dtype)
     ddown = _weight_gradient(params.down, weighted_columns, rows_to_columns(dy_MD), rows)
-    dhidden_MF = (dhidden_MF * weights_M[:, None]).astype(dy.dtype)
-    dgate_up_rows, dgate_up_columns = swiglu_gradient(swiglu_inputs, dhidden_MF)
+    dgate_up_rows, dgate_up_columns, dweights_M = weighted_swiglu_gradient(swiglu_inputs, dhidden_MF, weights_M)
     x_columns = rows_to_columns(_unpack(kept.x, rows))
     dgate_up = _weight_gradient(params.gate_up, x_columns, dgate_up_columns, rows)
     dx_MD = _multiply(dgate_up_rows, params.gate_up.backward, rows, dy.dtype)
@@ -126,25 +123,19 @@ def _unpack(payload: Payload, rows: ExpertRows) -> QuantizedArray:
     # Four codes at a time: XLA copies as many elements per thread whatever their size.
     words_RW = jax.lax.bitcast_convert_type(payload.codes_RD.reshape(num_rows, width // 4, 4), jnp.uint32)
     codes_MD = jax.lax.bitcast_convert_type(gather_rows(words_RW, rows), E4M3).reshape(-1, width)
-    exponents_dM = gather_rows(payload.exponents_Rd, rows).T.astype(jnp.int32)
-    return QuantizedArray(codes_MD, jax.lax.bitcast_convert_type(exponents_dM << _MANTISSA_BITS, jnp.float32), "row")
-
-
-def _hidden(swiglu_inputs: QuantizedArray | jax.Array) -> jax.Array:
-    """Returns silu(gate) · up of [M, 2F], float32 [M, F]."""
-    is_quantized = isinstance(swiglu_inputs, QuantizedArray)
-    gate_up_M2F = dequantize(swiglu_inputs) if is_quantized else swiglu_inputs.astype(jnp.float32)
-    gate_MF, up_MF = jnp.split(gate_up_M2F, 2, axis=-1)
-    return jax.nn.silu(gate_MF) * up_MF
+    scale_bits_dM = gather_rows(payload.exponents_Rd, rows).T.astype(jnp.int32) << FLOAT32_MANTISSA_BITS
+    return QuantizedArray(codes_MD, jax.lax.bitcast_convert_type(scale_bits_dM, jnp.float32), "row")
 
 
 def _weighted_columns(
-    swiglu_inputs: QuantizedArray | jax.Array, hidden_MF: jax.Array, weights_M: jax.Array, dtype: jnp.dtype
+    swiglu_inputs: QuantizedArray | jax.Array, weights_M: jax.Array, dtype: jnp.dtype
 ) -> QuantizedArray:
     """Returns the hidden rows, each times its gate weight, in 128x1 tiles."""
-    half = hidden_MF.shape[1] // TILE
-    if not isinstance(swiglu_inputs, QuantizedArray) or hidden_MF.shape[1] % TILE:
+    is_quantized = isinstance(swiglu_inputs, QuantizedArray)
+    tiles_of_gate, is_partial = divmod(swiglu_inputs.codes.shape[1] // 2, TILE) if is_quantized else (0, True)
+    if is_partial:
+        hidden_MF = swiglu(*gate_and_up(swiglu_inputs))
         return quantize_columns((hidden_MF * weights_M[:, None]).astype(dtype))
     # The kernel multiplies with up last: the weights go into the scales of up.
-    scales_fM = swiglu_inputs.scales.at[half:].multiply(weights_M)
+    scales_fM = swiglu_inputs.scales.at[tiles_of_gate:].multiply(weights_M)
     return swiglu_columns(dataclasses.replace(swiglu_inputs, scales=scales_fM))

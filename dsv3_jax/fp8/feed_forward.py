@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.fp8.formats import QuantizedArray
+from dsv3_jax.fp8.formats import QuantizedArray, dequantize
 from dsv3_jax.fp8.linear import (
     for_backward,
     input_columns,
@@ -24,6 +24,7 @@ from dsv3_jax.fp8.weight import Fp8Weight
 from dsv3_jax.kernels import block_quantize
 from dsv3_jax.kernels.block_quantize import quantize_rows_and_columns, swiglu_columns, swiglu_rows
 from dsv3_jax.kernels.fp8_matmul import fp8_matmul
+from dsv3_jax.kernels.swiglu import swiglu, swiglu_gradients
 
 
 class FeedForwardWeights(NamedTuple):
@@ -65,7 +66,7 @@ def _feed_forward(x_RD, quantized, norm_weight, weights: FeedForwardWeights, eps
 def _feed_forward_forward(x_RD, quantized, norm_weight, weights, eps):
     rows = quantize_input(x_RD, norm_weight, eps) if quantized is None else quantized
     gate_up_R2F = fp8_matmul(rows, weights.gate_up.forward, out_dtype=x_RD.dtype)
-    hidden, swiglu_inputs = swiglu(gate_up_R2F, weights.down.input_cache)
+    hidden, swiglu_inputs = quantized_swiglu(gate_up_R2F, weights.down.input_cache)
     y_RD = fp8_matmul(hidden, weights.down.forward, out_dtype=x_RD.dtype)
     kept = keep_input(x_RD, norm_weight, rows, weights.gate_up.input_cache)
     return y_RD, (kept, swiglu_inputs, FeedForwardWeights(*map(for_backward, weights)))
@@ -87,7 +88,7 @@ def _feed_forward_backward(eps, residuals, dy_RD):
 _feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)
 
 
-def swiglu(gate_up_R2F: jax.Array, input_cache: str) -> tuple[QuantizedArray, QuantizedArray | jax.Array]:
+def quantized_swiglu(gate_up_R2F: jax.Array, input_cache: str) -> tuple[QuantizedArray, QuantizedArray | jax.Array]:
     """Returns silu(gate) · up, row-quantized [R, F], and what is kept of gate and up, side by side, by the policy."""
     hidden, quantized = swiglu_rows(gate_up_R2F)
     return hidden, checkpoint_name(gate_up_R2F if input_cache == "bf16" else quantized, "gate_up")
@@ -99,17 +100,38 @@ def swiglu_gradient(
     """Returns the gradient of gate and up side by side, in rows and in columns, given that of silu(gate) · up."""
     if isinstance(swiglu_inputs, QuantizedArray):
         return block_quantize.swiglu_gradient(swiglu_inputs, dhidden_RF)
-    gate_RF, up_RF = jnp.split(swiglu_inputs.astype(jnp.float32), 2, axis=-1)
-    sigmoid_RF, dhidden_RF = jax.nn.sigmoid(gate_RF), dhidden_RF.astype(jnp.float32)
-    silu_RF = gate_RF * sigmoid_RF
-    dgate_RF = dhidden_RF * up_RF * (sigmoid_RF + silu_RF * (1 - sigmoid_RF))
-    dgate_up_R2F = jnp.concatenate([dgate_RF, dhidden_RF * silu_RF], axis=-1)
-    return quantize_rows_and_columns(dgate_up_R2F.astype(swiglu_inputs.dtype))
+    gradients = swiglu_gradients(*gate_and_up(swiglu_inputs), dhidden_RF.astype(jnp.float32))
+    return quantize_rows_and_columns(jnp.concatenate(gradients, axis=-1).astype(swiglu_inputs.dtype))
+
+
+def weighted_swiglu_gradient(
+    swiglu_inputs: QuantizedArray | jax.Array, dhidden_RF: jax.Array, weights_R: jax.Array
+) -> tuple[QuantizedArray, QuantizedArray, jax.Array]:
+    """Returns the gradients of gate and up, like `swiglu_gradient`, and of weights that scale the rows of the product.
+
+    Args:
+      swiglu_inputs: gate and up side by side, as they are kept.
+      dhidden_RF: the gradient that the product would have if all weights were 1.
+      weights_R: float32.
+    """
+    if isinstance(swiglu_inputs, QuantizedArray):
+        return block_quantize.weighted_swiglu_gradient(swiglu_inputs, dhidden_RF, weights_R)
+    gate_RF, up_RF = gate_and_up(swiglu_inputs)
+    dhidden_RF = dhidden_RF.astype(jnp.float32)
+    gradients = swiglu_gradients(gate_RF, up_RF, dhidden_RF * weights_R[:, None])
+    quantized = quantize_rows_and_columns(jnp.concatenate(gradients, axis=-1).astype(swiglu_inputs.dtype))
+    return *quantized, jnp.sum(swiglu(gate_RF, up_RF) * dhidden_RF, axis=-1)
+
+
+def gate_and_up(swiglu_inputs: QuantizedArray | jax.Array) -> list[jax.Array]:
+    """Returns the two halves of what is kept, float32 [R, F]."""
+    is_quantized = isinstance(swiglu_inputs, QuantizedArray)
+    return jnp.split(dequantize(swiglu_inputs) if is_quantized else swiglu_inputs.astype(jnp.float32), 2, axis=-1)
 
 
 def _hidden_columns(swiglu_inputs: QuantizedArray | jax.Array) -> QuantizedArray:
     """Returns silu(gate) · up in 128x1 tiles."""
     if isinstance(swiglu_inputs, QuantizedArray):
         return swiglu_columns(swiglu_inputs)
-    gate_RF, up_RF = jnp.split(swiglu_inputs.astype(jnp.float32), 2, axis=-1)
-    return block_quantize.quantize_columns((jax.nn.silu(gate_RF) * up_RF).astype(swiglu_inputs.dtype))
+    hidden_RF = swiglu(*gate_and_up(swiglu_inputs))
+    return block_quantize.quantize_columns(hidden_RF.astype(swiglu_inputs.dtype))

@@ -25,8 +25,9 @@ E4M3_MAX = 448.0
 E5M6_MAX = 65024.0
 MIN_AMAX = 1e-4  # of the published quantizers with float32 scales: zeros get a finite scale
 SCALE_FORMATS = ("power_of_two", "float32")
+FLOAT32_MANTISSA_BITS = 23
 
-_FLOAT32_BIAS, _FLOAT32_MANTISSA_BITS = 127, 23
+_FLOAT32_BIAS = 127
 _ABOVE_INFINITY = 0xFFFFFF  # bits of a float32 infinity, shifted by the sign, to the largest integer
 
 
@@ -194,13 +195,13 @@ def power_of_two_scales(
       2^-125 / smallest, where all that float32 holds as a subnormal rounds to zero.
     """
     largest_bits = int(np.float32(largest).view(np.uint32))
-    carry = ~largest_bits & ((1 << _FLOAT32_MANTISSA_BITS) - 1)
-    largest_exponent = (largest_bits >> _FLOAT32_MANTISSA_BITS) - _FLOAT32_BIAS
+    carry = ~largest_bits & ((1 << FLOAT32_MANTISSA_BITS) - 1)
+    largest_exponent = (largest_bits >> FLOAT32_MANTISSA_BITS) - _FLOAT32_BIAS
     least = _FLOAT32_BIAS - 125 - int(math.log2(smallest))
     bits = jax.lax.bitcast_convert_type(amax, jnp.int32)
-    exponent = jnp.maximum((bits + carry >> _FLOAT32_MANTISSA_BITS) - largest_exponent, least)
-    scales = jax.lax.bitcast_convert_type(exponent << _FLOAT32_MANTISSA_BITS, jnp.float32)
-    inverse_bits = 2 * _FLOAT32_BIAS - exponent << _FLOAT32_MANTISSA_BITS
+    exponent = jnp.maximum((bits + carry >> FLOAT32_MANTISSA_BITS) - largest_exponent, least)
+    scales = jax.lax.bitcast_convert_type(exponent << FLOAT32_MANTISSA_BITS, jnp.float32)
+    inverse_bits = 2 * _FLOAT32_BIAS - exponent << FLOAT32_MANTISSA_BITS
     inverses = jax.lax.bitcast_convert_type(inverse_bits, jnp.float32)
     return scales, jnp.where(amax < jnp.inf, inverses, jnp.nan)
 
@@ -270,13 +271,13 @@ def _divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
     """
     y = jnp.asarray(y, jnp.float32)
     quotient = x / y
-    quotient_high, y_high = _upper_half(quotient), _upper_half(y)
+    quotient_high, y_high = upper_half(quotient), upper_half(y)
     quotient_low, y_low = quotient - quotient_high, y - y_high
     remainder = x - quotient_high * y_high - quotient_high * y_low - quotient_low * y_high - quotient_low * y_low
     return jnp.where(remainder == 0, quotient, quotient + remainder / y)  # the quotient may be -0
 
 
-def _upper_half(x: jax.Array) -> jax.Array:
+def upper_half(x: jax.Array) -> jax.Array:
     """Returns float32 cut to its 12 leading bits."""
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & ~0xFFF, jnp.float32)
 
@@ -285,7 +286,7 @@ def _e5m6_codes(x: jax.Array) -> jax.Array:
     """Rounds float32 of at most 65024 to E5M6 codes, uint32, in integers: nearest even without double rounding."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     magnitude_bits = bits & 0x7FFFFFFF
-    dropped = _FLOAT32_MANTISSA_BITS - 6
+    dropped = FLOAT32_MANTISSA_BITS - 6
     rounded = magnitude_bits + ((1 << dropped - 1) - 1) + (magnitude_bits >> dropped & 1) >> dropped
     normal = rounded - (_FLOAT32_BIAS - 15 << 6)
     # Subnormals are multiples of 2^-20, the spacing of float32 from 8 to 16: adding 8 rounds to them.

@@ -1,6 +1,11 @@
-"""The derivative of SwiGLU, for all that differentiate it."""
+"""SwiGLU and its derivative, for all that compute them."""
 
 import jax
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Returns silu(gate) · up; float32 like both."""
+    return jax.nn.silu(gate) * up
 
 
 def swiglu_gradients(gate: jax.Array, up: jax.Array, dhidden: jax.Array) -> tuple[jax.Array, jax.Array]:

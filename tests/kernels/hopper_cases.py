@@ -145,6 +145,10 @@ def other_calls() -> dict[str, Call]:
         "swiglu_rows": Call(quantizers.swiglu_rows, (gate_up,)),
         "swiglu_columns": Call(quantizers.swiglu_columns, (rows(4096, 4096),)),
         "swiglu_gradient": Call(quantizers.swiglu_gradient, (rows(4096, 4096), bf16((4096, 2048)))),
+        "weighted_swiglu_gradient": Call(
+            quantizers.weighted_swiglu_gradient,
+            (rows(4096, 4096), bf16((4096, 2048)), jax.ShapeDtypeStruct((4096,), jnp.float32)),
+        ),
         "quantize_weights": Call(
             quantizers.quantize_weights, (jax.ShapeDtypeStruct((GROUPS, 7168, 4096), jnp.float32),)
         ),

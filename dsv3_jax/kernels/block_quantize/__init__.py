@@ -109,14 +109,31 @@ def swiglu_gradient(
     Returns:
       The gradients side by side like gate_up, row-quantized [M, 2F] and [2F, M].
     """
-    require_quantized(gate_up, "gate_up", tiles=("row",), ndim=2)
-    _require_matrix(dhidden_MF, "dhidden")
-    shape = gate_up.codes.shape
-    _require_halves(shape)
-    if dhidden_MF.shape != (shape[0], shape[1] // 2):
-        raise ValueError(f"dhidden {dhidden_MF.shape} for gate_up {shape}: need [{shape[0]}, {shape[1] // 2}]")
-    problem = _array_problem(dhidden_MF) or _halves_problem(shape)
+    problem = _gradient_problem(gate_up, dhidden_MF)
     return _choose(implementation, problem).swiglu_gradient(gate_up, dhidden_MF)
+
+
+def weighted_swiglu_gradient(
+    gate_up: QuantizedArray, dhidden_MF: jax.Array, weights_M: jax.Array, *, implementation: str | None = None
+) -> tuple[QuantizedArray, QuantizedArray, jax.Array]:
+    """Computes the gradients of gate, up and weights from that of silu(gate) · up · weights, before its rows' weights.
+
+    Args:
+      gate_up: row-quantized [M, 2F].
+      dhidden_MF: the gradient of the weighted product, divided by the weights: the product's own is it times them.
+      weights_M: one per row, float32.
+      implementation: as above; pallas_gpu needs M and F multiples of 128.
+
+    Returns:
+      The gradients of gate and up as `swiglu_gradient` returns them, and those of the weights: the sums over each row
+      of the product times dhidden, float32 [M].
+    """
+    problem = _gradient_problem(gate_up, dhidden_MF)
+    if weights_M.shape != dhidden_MF.shape[:1] or weights_M.dtype != jnp.float32:
+        raise ValueError(f"weights {weights_M.dtype}{list(weights_M.shape)}: need float32[{len(dhidden_MF)}]")
+    if len(weights_M) % TILE:
+        problem = f"{len(weights_M)} weighted rows: must be a multiple of {TILE}"
+    return _choose(implementation, problem).weighted_swiglu_gradient(gate_up, dhidden_MF, weights_M)
 
 
 def quantize_weights(
@@ -156,6 +173,17 @@ def _require_matrix(x: jax.Array, name: str) -> None:
 def _require_halves(shape: tuple[int, int]) -> None:
     if shape[1] % 2:
         raise ValueError(f"gate_up {shape}: need as many columns of gate as of up, [M, 2F]")
+
+
+def _gradient_problem(gate_up: QuantizedArray, dhidden: jax.Array) -> str | None:
+    """Checks the operands of a gradient; names what about them the Hopper kernels cannot run, or returns None."""
+    require_quantized(gate_up, "gate_up", tiles=("row",), ndim=2)
+    _require_matrix(dhidden, "dhidden")
+    shape = gate_up.codes.shape
+    _require_halves(shape)
+    if dhidden.shape != (shape[0], shape[1] // 2):
+        raise ValueError(f"dhidden {dhidden.shape} for gate_up {shape}: need [{shape[0]}, {shape[1] // 2}]")
+    return _array_problem(dhidden) or _halves_problem(shape)
 
 
 def _array_problem(x: jax.Array) -> str | None:

@@ -7,14 +7,16 @@ operands; elsewhere 128 x 128, whose columns it reads through the transpose of i
 Measured on an H200: quantize_rows of 4096 x 7168 in 22.5 us, 0.99 of a copy of the same bytes.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
 from dsv3_jax.kernels.block_quantize.rms_norm import rms_norm_rows
-from dsv3_jax.kernels.block_quantize.tiles import CHUNK, Block, Operand, Result, for_each_tile
+from dsv3_jax.kernels.block_quantize.tiles import CHUNK, Block, Factors, Operand, Result, for_each_tile
 from dsv3_jax.kernels.block_quantize.weights import quantize_weights
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "swiglu_columns",
     "swiglu_gradient",
     "swiglu_rows",
+    "weighted_swiglu_gradient",
 ]
 
 LOG2_E = math.log2(math.e)
@@ -127,28 +130,58 @@ def swiglu_columns(gate_up: QuantizedArray) -> QuantizedArray:
 
 def swiglu_gradient(gate_up: QuantizedArray, dhidden_MF: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
     """Quantizes rows and columns of the gradients of gate and up."""
-    rows, width = dhidden_MF.shape
-    half = width // TILE
 
-    # Both gradients before either is quantized: that leaves the registers for three thread blocks on an SM.
     def chunk_values(chunk, gate, up, dhidden):
         for read in (Block.rows, Block.columns):
-            gate_values, dhidden_values = read(gate, chunk), read(dhidden, chunk)
-            sigmoid = _sigmoid(gate_values)
-            dup = dhidden_values * gate_values * sigmoid
-            yield from ((dhidden_values * sigmoid + dup * (1 - sigmoid)) * read(up, chunk), dup)
+            read_up = functools.partial(read, up, chunk)
+            yield from _gate_and_up_gradients(read(gate, chunk), read_up, read(dhidden, chunk))
 
-    by_rows, by_columns = for_each_tile(
+    by_rows, by_columns = _swiglu_gradient(chunk_values, gate_up, dhidden_MF, "swiglu_gradient")
+    return by_rows, by_columns
+
+
+def weighted_swiglu_gradient(
+    gate_up: QuantizedArray, dhidden_MF: jax.Array, weights_M: jax.Array
+) -> tuple[QuantizedArray, QuantizedArray, jax.Array]:
+    """Quantizes rows and columns of the gradients of gate and up; and returns the gradients of the rows' weights."""
+
+    def chunk_values(chunk, gate, up, dhidden, weights):
+        gate_values = gate.rows(chunk)
+        hidden = gate_values * _sigmoid(gate_values) * up.rows(chunk)
+        yield (hidden * dhidden.rows(chunk)).sum(axis=1)
+        for read, spread in ((Block.rows, Factors.rows), (Block.columns, Factors.columns)):
+            weighted, read_up = read(dhidden, chunk) * spread(weights, chunk), functools.partial(read, up, chunk)
+            yield from _gate_and_up_gradients(read(gate, chunk), read_up, weighted)
+
+    by_rows, by_columns, sums_fM = _swiglu_gradient(
+        chunk_values, gate_up, dhidden_MF, "weighted_swiglu_gradient", (weights_M,)
+    )
+    return by_rows, by_columns, sums_fM.sum(axis=0)
+
+
+def _swiglu_gradient(chunk_values, gate_up: QuantizedArray, dhidden_MF: jax.Array, name: str, factors: tuple = ()):
+    """Runs a kernel over tiles of gate, up and dhidden; with factors it sums over rows first."""
+    rows, width = dhidden_MF.shape
+    half = width // TILE
+    sums = [Result(2, is_sum=True)] if factors else []
+    return for_each_tile(
         chunk_values,
         [Operand(gate_up), Operand(gate_up, half), Operand(dhidden_MF)],
-        [Result(0), Result(0, half), Result(1, is_transposed=True), Result(1, half, is_transposed=True)],
-        output_shapes=[(rows, 2 * width), (2 * width, rows)],
+        [*sums, Result(0), Result(0, half), Result(1, is_transposed=True), Result(1, half, is_transposed=True)],
+        output_shapes=[(rows, 2 * width), (2 * width, rows), *((rows, width) for _ in sums)],
         extent=(rows, half),
         tile_rows=TILE,
+        factors=factors,
         slots=1,
-        name="swiglu_gradient",
+        name=name,
     )
-    return by_rows, by_columns
+
+
+def _gate_and_up_gradients(gate: jax.Array, read_up: Callable, dhidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Both gradients before either is quantized: that leaves the registers for three thread blocks on an SM.
+    sigmoid = _sigmoid(gate)
+    dup = dhidden * gate * sigmoid
+    return (dhidden * sigmoid + dup * (1 - sigmoid)) * read_up(), dup
 
 
 def _quantize_columns(tensor: jax.Array | QuantizedArray, shape: tuple[int, int], name: str) -> QuantizedArray:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.fp8 import formats
 from dsv3_jax.fp8.formats import QuantizedArray
-from dsv3_jax.kernels.swiglu import swiglu_gradients
+from dsv3_jax.kernels.swiglu import swiglu, swiglu_gradients
 
 quantize_rows = formats.quantize_rows
 quantize_columns = formats.quantize_columns
@@ -30,14 +30,14 @@ def rms_norm_rows(x_RD: jax.Array, weight_D: jax.Array, eps: float) -> Quantized
 def swiglu_rows(gate_up_MX: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
     """Quantizes silu(gate) · up and, for the backward pass, gate and up."""
     gate, up = jnp.split(gate_up_MX.astype(jnp.float32), 2, axis=-1)
-    return formats.quantize_rows(jax.nn.silu(gate) * up), formats.quantize_rows(gate_up_MX)
+    return formats.quantize_rows(swiglu(gate, up)), formats.quantize_rows(gate_up_MX)
 
 
 @jax.jit
 def swiglu_columns(gate_up: QuantizedArray) -> QuantizedArray:
     """Recomputes silu(gate) · up and quantizes its columns."""
     gate, up = jnp.split(formats.dequantize(gate_up), 2, axis=-1)
-    return formats.quantize_columns(jax.nn.silu(gate) * up)
+    return formats.quantize_columns(swiglu(gate, up))
 
 
 @jax.jit
@@ -46,6 +46,18 @@ def swiglu_gradient(gate_up: QuantizedArray, dhidden_MF: jax.Array) -> tuple[Qua
     gate, up = jnp.split(formats.dequantize(gate_up), 2, axis=-1)
     gradients = swiglu_gradients(gate, up, dhidden_MF.astype(jnp.float32))
     return quantize_rows_and_columns(jnp.concatenate(gradients, axis=-1))
+
+
+@jax.jit
+def weighted_swiglu_gradient(
+    gate_up: QuantizedArray, dhidden_MF: jax.Array, weights_M: jax.Array
+) -> tuple[QuantizedArray, QuantizedArray, jax.Array]:
+    """Quantizes rows and columns of the gradients of gate and up; and returns the gradients of the rows' weights."""
+    gate, up = jnp.split(formats.dequantize(gate_up), 2, axis=-1)
+    dhidden_MF = dhidden_MF.astype(jnp.float32)
+    gradients = swiglu_gradients(gate, up, dhidden_MF * weights_M[:, None])
+    quantized = quantize_rows_and_columns(jnp.concatenate(gradients, axis=-1))
+    return *quantized, jnp.sum(swiglu(gate, up) * dhidden_MF, axis=-1)
 
 
 @jax.jit

@@ -5,7 +5,7 @@ codes and scales out. Several blocks share an SM and hide each other's latency, 
 TMA reads zeros outside a tensor and does not write there: partial tiles need no masks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,29 +41,44 @@ class Operand(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a thread block writes of a row-quantized tensor: a tile, or the transpose of one."""
+    """What a thread block writes of an output: a tile of codes, the transpose of one, or the sums of a tile's rows."""
 
-    output: int  # which of the output tensors
+    output: int  # which of the outputs
     first_tile: int = 0  # along the columns of the operands
     is_transposed: bool = False
+    is_sum: bool = False
+
+
+class Factors(NamedTuple):
+    """One float32 per row of a tile, in shared memory."""
+
+    values: Any
+    row_layout: Any  # in registers, of the tile
+
+    def rows(self, chunk) -> jax.Array:
+        """Returns those of a chunk of rows, spread over its columns."""
+        rows = min(CHUNK, self.values.shape[0])
+        factors = plgpu.layout_cast(self.values[pl.ds(chunk * rows, rows)], self.row_layout.reduce(1))
+        return lax.broadcast_in_dim(factors, (rows, TILE), [0])
+
+    def columns(self, _) -> jax.Array:
+        """Returns those of a tile of 128 rows, spread over 64 of its columns, transposed."""
+        factors = plgpu.layout_cast(self.values[...], COLUMNS.reduce(0))
+        return lax.broadcast_in_dim(factors, (CHUNK, TILE), [1])
 
 
 class Block(NamedTuple):
     """The tile of an operand in shared memory."""
 
     values: Any
-    scales: Any | None  # of codes: one per row
+    scales: Factors | None  # of codes
     row_layout: Any  # in registers
 
     def rows(self, chunk) -> jax.Array:
         """Returns a chunk of the tile's rows, float32 [64, 128], or all of fewer."""
         rows = min(CHUNK, self.values.shape[0])
-        own = pl.ds(chunk * rows, rows)
-        values = plgpu.layout_cast(self.values[own], self.row_layout).astype(jnp.float32)
-        if self.scales is None:
-            return values
-        scales = plgpu.layout_cast(self.scales[own], self.row_layout.reduce(1))
-        return values * lax.broadcast_in_dim(scales, values.shape, [0])
+        values = plgpu.layout_cast(self.values[pl.ds(chunk * rows, rows)], self.row_layout).astype(jnp.float32)
+        return values if self.scales is None else values * self.scales.rows(chunk)
 
     def columns(self, chunk) -> jax.Array:
         """Returns 64 columns of a tile of 128 rows, transposed: float32 [64, 128]."""
@@ -72,10 +87,7 @@ class Block(NamedTuple):
         if values.dtype == E4M3:
             values = values.astype(jnp.float16)  # exact, and pairs of 16 bits change lanes in one shuffle
         values = plgpu.layout_cast(values, COLUMNS).astype(jnp.float32)
-        if self.scales is None:
-            return values
-        scales = plgpu.layout_cast(self.scales[...], COLUMNS.reduce(0))
-        return values * lax.broadcast_in_dim(scales, values.shape, [1])
+        return values if self.scales is None else values * self.scales.columns(chunk)
 
 
 def for_each_tile(
@@ -87,30 +99,37 @@ def for_each_tile(
     extent: tuple[int, int],
     tile_rows: int,
     name: str,
+    factors: tuple[jax.Array, ...] = (),
     slots: int | None = None,
-) -> list[QuantizedArray]:
+) -> list[QuantizedArray | jax.Array]:
     """Quantizes what is computed of each tile.
 
     Args:
-      chunk_values: (chunk, *blocks of the operands) -> iterator over the float32 [chunk, 128] values of each result.
+      chunk_values: (chunk, *blocks of the operands, *factors) -> iterator over the float32 values of each result:
+        [chunk, 128], of sums [chunk].
       operands: what a thread block reads.
       results: what it writes, in the order of the values.
-      output_shapes: [R, K] of each output tensor.
+      output_shapes: [R, K] of each output: of the quantized array, or of what is summed over each tile of K.
       extent: rows, and tiles along columns, of what the grid of thread blocks covers.
       tile_rows: 32, 64 or 128; 128 where columns are quantized.
       name: what profiles call the kernel.
+      factors: float32 [R], one per row of the operands.
       slots: results held in shared memory at a time; None for one of each.
+
+    Returns:
+      the outputs: quantized arrays, and sums as float32 [ceil(K/128), R].
     """
     chunk_rows = min(CHUNK, tile_rows)
     chunks = tile_rows // chunk_rows
     # A copy cannot end within a segment. Narrow ones are for what is transposed: there, rows are read like columns.
     is_segmented = all(contraction % SEGMENT == 0 for _, contraction in output_shapes)
-    arrays, types, transfers = _in_shared_memory(operands, tile_rows)
+    arrays, types, transfers = _in_shared_memory(operands, factors, tile_rows)
     slots = len(results) if slots is None else slots
+    are_sums = [any(result.is_sum for result in results if result.output == o) for o in range(len(output_shapes))]
 
     def kernel(*refs):
         inputs, refs = refs[: len(arrays)], refs[len(arrays) :]
-        outputs, refs = refs[: 2 * len(output_shapes)], refs[2 * len(output_shapes) :]
+        outputs, refs = _by_output(refs[: len(out_types)], are_sums), refs[len(out_types) :]
         copies, (codes_smem, scales_smem, is_full) = refs[: len(arrays)], refs[len(arrays) :]
         i, j = lax.axis_index("row"), lax.axis_index("column")
 
@@ -119,9 +138,12 @@ def for_each_tile(
             if number >= slots:
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
             own_codes, own_scales = codes_smem.at[slot], scales_smem.at[slot]
-            own_codes[...], own_scales[...] = quantize(values)
+            output, first_tile, is_transposed, is_sum = results[number % len(results)]
+            if is_sum:
+                own_scales[...] = values
+            else:
+                own_codes[...], own_scales[...] = quantize(values)
             plgpu.commit_smem()
-            output, first_tile, is_transposed = results[number % len(results)]
             along_rows, along_columns = i, j + first_tile
             if is_transposed:
                 row, tile = along_columns * TILE + chunk * chunk_rows, along_rows
@@ -130,8 +152,9 @@ def for_each_tile(
             rows, num_rows = pl.ds(row, chunk_rows), output_shapes[output][0]
 
             def copy_out():
-                codes, scales = outputs[2 * output : 2 * output + 2]
-                plgpu.copy_smem_to_gmem(own_codes, codes.at[rows, pl.ds(tile * TILE, TILE)], commit_group=False)
+                codes, scales = outputs[output]
+                if codes is not None:
+                    plgpu.copy_smem_to_gmem(own_codes, codes.at[rows, pl.ds(tile * TILE, TILE)], commit_group=False)
                 if num_rows % chunk_rows == 0:
                     plgpu.copy_smem_to_gmem(own_scales, scales.at[tile, rows], commit_group=False)
                     return
@@ -153,15 +176,13 @@ def for_each_tile(
             plgpu.copy_gmem_to_smem(source.at[index_of(i, j)], copy, is_full)
         plgpu.barrier_wait(is_full)
         number = 0
-        copies = iter(copies)
-        blocks = [
-            Block(
-                next(copies),
-                next(copies) if isinstance(operand.tensor, QuantizedArray) else None,
-                ROWS if is_segmented else COLUMNS,
-            )
-            for operand in operands
-        ]
+        copies, layout = iter(copies), ROWS if is_segmented else COLUMNS
+        blocks = []
+        for tensor, _ in operands:
+            values = next(copies)
+            scales = Factors(next(copies), layout) if isinstance(tensor, QuantizedArray) else None
+            blocks.append(Block(values, scales, layout))
+        blocks += [Factors(values, layout) for values in copies]
         for chunk in range(chunks):
             for values in chunk_values(chunk, *blocks):
                 store(number, chunk, values)
@@ -170,8 +191,9 @@ def for_each_tile(
 
     kernel.__name__ = name
     out_types = []
-    for rows, contraction in output_shapes:
-        out_types.append(jax.ShapeDtypeStruct((rows, contraction), E4M3))
+    for (rows, contraction), is_sum in zip(output_shapes, are_sums):
+        if not is_sum:
+            out_types.append(jax.ShapeDtypeStruct((rows, contraction), E4M3))
         out_types.append(jax.ShapeDtypeStruct((formats.num_tiles(contraction), rows), jnp.float32))
     outputs = plgpu.kernel(
         kernel,
@@ -189,12 +211,20 @@ def for_each_tile(
         ),
     )(*arrays)
     # Without the barrier XLA runs the kernel twice where a loop also stacks its results for the backward pass.
-    outputs = lax.optimization_barrier(outputs)
-    return [QuantizedArray(codes, scales, "row") for codes, scales in zip(outputs[::2], outputs[1::2])]
+    outputs = _by_output(lax.optimization_barrier(outputs), are_sums)
+    return [scales if codes is None else QuantizedArray(codes, scales, "row") for codes, scales in outputs]
 
 
-def _in_shared_memory(operands: list[Operand], tile_rows: int) -> tuple[list, list, list]:
-    """Returns the arrays of the operands, the blocks that hold their tiles, and (i, j) -> index of a tile in each."""
+def _by_output(arrays: Sequence[Any], are_sums: list[bool]) -> list[tuple[Any | None, Any]]:
+    """Returns codes and scales of every output, of sums None and the sums."""
+    arrays = iter(arrays)
+    return [(None if is_sum else next(arrays), next(arrays)) for is_sum in are_sums]
+
+
+def _in_shared_memory(
+    operands: list[Operand], factors: tuple[jax.Array, ...], tile_rows: int
+) -> tuple[list, list, list]:
+    """Returns all arrays that are read, the blocks that hold their tiles, and (i, j) -> index of a tile in each."""
     arrays, types, transfers = [], [], []
     for tensor, first_tile in operands:
         is_quantized = isinstance(tensor, QuantizedArray)
@@ -208,6 +238,10 @@ def _in_shared_memory(operands: list[Operand], tile_rows: int) -> tuple[list, li
             arrays.append(tensor.scales)
             types.append(plgpu.SMEM((tile_rows,), jnp.float32))
             transfers.append(lambda i, j, first=first_tile: (j + first, pl.ds(i * tile_rows, tile_rows)))
+    for array in factors:
+        arrays.append(array)
+        types.append(plgpu.SMEM((tile_rows,), jnp.float32))
+        transfers.append(lambda i, _: pl.ds(i * tile_rows, tile_rows))
     return arrays, types, transfers
 
 

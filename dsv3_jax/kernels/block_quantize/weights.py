@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax.fp8.formats import E4M3, E4M3_MAX, MIN_AMAX, TILE, QuantizedArray, num_tiles, padded_blocks
+from dsv3_jax.fp8.formats import E4M3, E4M3_MAX, MIN_AMAX, TILE, QuantizedArray, num_tiles, padded_blocks, upper_half
 from dsv3_jax.kernels.device import NUM_SMS
 from dsv3_jax.kernels.hopper import WARPGROUP_ROWS, segmented
 
@@ -160,15 +160,10 @@ def _divide(x: jax.Array, y: jax.Array, inverse: jax.Array | float) -> jax.Array
     be that of the unrounded product; the other products, of halves of 12 bits, are exact like the remainder.
     """
     quotient = x * inverse + x * 0.0
-    quotient_high, y_high = _upper_half(quotient), _upper_half(y)
+    quotient_high, y_high = upper_half(quotient), upper_half(y)
     quotient_low, y_low = quotient - quotient_high, y - y_high
     excess = quotient_high * y_high - x + quotient_high * y_low + quotient_low * y_high + quotient_low * y_low
     return quotient - excess * inverse
-
-
-def _upper_half(x: jax.Array) -> jax.Array:
-    """Returns float32 cut to its 12 leading bits."""
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & ~0xFFF, jnp.float32)
 
 
 def _zero(scales: Any, line: tuple, num_blocks: int) -> None:
