@@ -135,7 +135,8 @@ def _refuse(obstacle: str, asked: dict[str, int], number: int, work: Work | None
     proposal = nearest_mesh(asked, number, work)
     found = math.prod(proposal.values())
     of_fewer = "" if found == number else f"no mesh of {number} devices splits the work, "
-    raise ValueError(f"{obstacle}; {of_fewer}of {found} devices use {_in_words(proposal)}")
+    devices = "1 device" if found == 1 else f"{found} devices"
+    raise ValueError(f"{obstacle}; {of_fewer}of {devices} use {_in_words(proposal)}")
 
 
 def _meshes(number: int) -> Iterator[dict[str, int]]:

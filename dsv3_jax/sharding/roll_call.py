@@ -81,6 +81,10 @@ class Roll:
             writer.close()  # not one of ours: a port scan, a health check
             return
         process, name = hello["process"], f"process {hello['process']} on {hello['host']}"
+        if len(self._members) == self._num_processes and self._last_words is None:
+            _send(writer, _stop_message(f"the {self._num_processes} processes of a run have met at {self._address} "
+                                        "already; choose another port, or wait for its end"))  # fmt: skip
+            return
         if refusal := self._refusal(hello):
             self._stop(refusal, is_disagreement=True)
         if self._last_words is not None:
@@ -148,6 +152,8 @@ class Member:
     def __init__(self, coordinator_address: str, num_processes: int, process_id: int, *, timeout_s: float,
                  roll: Roll | None = None):  # fmt: skip
         self._roll = roll
+        self._address = coordinator_address
+        self._start_timeout_s = timeout_s + LAST_SECONDS  # process 0 names who is missing before that
         self._messages: queue.Queue[dict] = queue.Queue()
         self._is_waiting = True  # for the start
         self._is_stopped = False
@@ -163,8 +169,13 @@ class Member:
         Raises:
           ValueError: one of them was started with other numbers.
           ChildProcessError: one of them is missing.
+          TimeoutError: what listens at the address says nothing.
         """
-        return self._await("start")["jax_address"]
+        try:
+            return self._await("start", timeout_s=self._start_timeout_s)["jax_address"]
+        except queue.Empty:
+            raise TimeoutError(f"coordinator_address={self._address!r}: what listens there has said nothing for "
+                               f"{self._start_timeout_s:g} seconds; is it process 0?") from None  # fmt: skip
 
     def require_agreement(self, facts: dict[str, Any]) -> None:
         """Waits until every process has given its facts.
@@ -209,10 +220,10 @@ class Member:
         print(f"error: {text}", file=sys.stderr, flush=True)
         self.leave()
 
-    def _await(self, kind: str) -> dict:
+    def _await(self, kind: str, *, timeout_s: float | None = None) -> dict:
         with self._lock:
             self._is_waiting = True
-        message = self._messages.get()
+        message = self._messages.get(timeout=timeout_s)
         with self._lock:
             self._is_waiting = False
             self._is_stopped = message["kind"] == "stop"
@@ -239,6 +250,9 @@ class Member:
         with self._socket.makefile("rb") as lines, contextlib.suppress(ConnectionError):
             for line in lines:
                 message = _parse(line)
+                if "kind" not in message:
+                    message = _stop_message(f"coordinator_address={self._address!r}: what listens there is not process "
+                                            f"0 but says {line[:60]!r}; choose another port")  # fmt: skip
                 self._take(message)
                 if message["kind"] in ("stop", "end"):
                     return

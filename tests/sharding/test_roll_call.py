@@ -171,6 +171,32 @@ def test_strangers_do_not_disturb(address, ended):
     member.finish()
 
 
+def test_a_run_is_not_ended_by_who_comes_to_it_by_mistake(address, ended):
+    members = meet(address, 2)
+    for numbers in ((2, 1), (3, 2)):  # the same command once more; a process of another run
+        with pytest.raises(ChildProcessError, match=f"have met at {address} already; choose another port"):
+            Member(address, *numbers, timeout_s=20).start()
+    assert of_all(2, lambda p: members[p].finish()) == [None] * 2
+    assert ended == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "is not process 0 but says b'HTTP/1.1 400"), (b"", "said nothing for")],
+)
+def test_another_service_at_the_address_is_no_process_0(address, monkeypatch, answer, words):
+    monkeypatch.setattr(roll_call, "LAST_SECONDS", 0.1)
+    host, port = address.split(":")
+    with socket.create_server((host, int(port))) as service:
+        member = Member(address, 2, 1, timeout_s=0.3)
+        connection, _ = service.accept()
+        with connection:
+            connection.sendall(answer)
+            with pytest.raises(OSError, match=words) as error:
+                member.start()
+    assert f"coordinator_address='{address}'" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("processes", "words"),
     [([3], "process 3"), ([0, 1, 2, 5], "processes 0-2, 5"), ([1, 3, 4], "processes 1, 3-4")],
