@@ -113,8 +113,9 @@ class ModelConfig:
     eos_token_id: int = setting(1, "id that closes a document")
     precision: str = setting("bf16", f"compute precision of the linears: {' | '.join(PRECISIONS)}")
     fp8_input_cache: str = setting(
-        "e4m3", f"what an FP8 linear keeps of its input for the backward pass: {' | '.join(FP8_INPUT_CACHES)}"
-    )
+        "e4m3", f"what an FP8 linear keeps of its input for the backward pass: {' | '.join(FP8_INPUT_CACHES)}; routed "
+        "experts keep the E4M3 rows that reach them, whatever it says",
+    )  # fmt: skip
     fp8_attention_cache: str = setting(
         "e5m6", f"what is kept of the attention output with FP8 linears: {' | '.join(FP8_ATTENTION_CACHES)}"
     )
