@@ -19,8 +19,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.config import require
-
 QUOTA_MULTIPLE = 8  # quotas are multiples of this
 NEARLY_ALL = 0.9  # of the rows: to send all costs less than to arrange these
 DEVIATIONS = 5  # of a uniformly routed destination's load, for which there is room
@@ -38,8 +36,7 @@ class Capacity:
     node_rows: int
     device_rows: int
     device_choices: int
-    mean_node_rows: float  # that uniform routing fills, at most
-    mean_device_rows: float
+    mean_device_rows: float  # that uniform routing fills, at most
 
     @property
     def num_devices(self) -> int:
@@ -96,22 +93,6 @@ class Capacity:
             rows += self.received_rows + sent
         return rows * row_bytes
 
-    def describe(self, row_bytes: int) -> dict[str, float]:
-        """Returns the numbers worth reporting, of one device: quotas, what of them uniform routing fills, and bytes."""
-        sent = self.bytes_sent(row_bytes)
-        return {
-            "node_rows": self.node_rows,
-            "mean_node_rows": self.mean_node_rows,
-            "device_rows": self.device_rows,
-            "mean_device_rows": self.mean_device_rows,
-            "device_choices": self.device_choices,
-            "mean_device_choices": self.num_tokens * self.top_k / self.num_devices,
-            "received_rows": self.received_rows,
-            "node_bytes_sent": sent["node"],
-            "inner_bytes_sent": sent["inner"],
-            "buffer_bytes": self.buffer_bytes(row_bytes),
-        }
-
 
 def plan_capacity(
     *,
@@ -133,26 +114,23 @@ def plan_capacity(
     Args:
       num_tokens: tokens that one device owns.
       top_k: experts per token.
-      num_experts: over all devices; device d holds the experts from d · num_experts / devices on.
+      num_experts: over all devices, which divide them; device d holds the experts from d · num_experts / devices on.
       n_group: groups that the experts form.
       topk_group: groups that a token's experts come from.
       num_nodes: size of the mesh axis `node`.
       devices_per_node: sizes of `gpu` and `tensor` multiplied.
       factor: `model.exchange_capacity`. Smaller: fewer bytes and less memory, more rounds.
-
-    Raises:
-      ValueError: experts that do not spread evenly over the devices, or a factor that is not positive.
     """
     num_devices = num_nodes * devices_per_node
-    require(num_experts % num_devices == 0, "mesh.node·gpu·tensor", num_devices,
-            f"does not divide model.n_routed_experts={num_experts}; change one of them")  # fmt: skip
-    require(factor > 0, "model.exchange_capacity", factor, "must be greater than 0")
+    assert num_experts % num_devices == 0, f"{num_devices} devices do not divide {num_experts} experts: see check_mesh"
     if num_devices == 1:
         return None
     choices_per_row = min(top_k, num_experts // num_devices)
     hit_rate = functools.partial(_hit_rate, top_k, num_experts, n_group, topk_group)
-    mean_node_rows, mean_device_rows = num_tokens * hit_rate(num_nodes), num_tokens * hit_rate(num_devices)
-    node_rows = num_tokens if num_nodes == 1 else _rows_or_all(_quota(mean_node_rows, factor), num_tokens)
+    mean_device_rows = num_tokens * hit_rate(num_devices)
+    node_rows = num_tokens
+    if num_nodes > 1:
+        node_rows = _rows_or_all(_quota(num_tokens * hit_rate(num_nodes), factor), num_tokens)
     device_rows = _rows_or_all(_quota(mean_device_rows, factor), node_rows)
     if devices_per_node == 1:
         device_rows = node_rows
@@ -167,7 +145,6 @@ def plan_capacity(
         node_rows=node_rows,
         device_rows=device_rows,
         device_choices=device_choices,
-        mean_node_rows=mean_node_rows,
         mean_device_rows=mean_device_rows,
     )
 
