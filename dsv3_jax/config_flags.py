@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from dsv3_jax.config import RopeScaling, RunConfig, Setting, override, settings
+from dsv3_jax.config import MeshConfig, RopeScaling, RunConfig, Setting, override, settings
 
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -21,10 +21,16 @@ def define() -> None:
     flags.DEFINE_string("config", None, "Python file whose get_config() returns the run's configuration; what it "
                         "leaves open has the defaults below")  # fmt: skip
     flags.DEFINE_enum("config.model.rope_scaling", None, ["none", "yarn"], "YaRN on with its defaults, or off")
-    for setting in settings():
-        flags.DEFINE(_SettingParser(setting), f"config.{setting.path}", None, _help(setting))
+    _define(settings())
     for name in ("config", "config.model.rope_scaling", *(f"config.{setting.path}" for setting in settings())):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # so that --help lists it
+
+
+def define_mesh() -> None:
+    """Registers the flags of the mesh's axes, for a command that takes the rest of its configuration from elsewhere."""
+    _define(_mesh_axes())
+    for axis in _mesh_axes():
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[f"config.{axis.path}"])
 
 
 def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
@@ -64,17 +70,18 @@ def resolve() -> RunConfig:
     return override(load(path), overrides())
 
 
+def mesh() -> MeshConfig:
+    """Returns the mesh of the command line, validated."""
+    return override(RunConfig(), _given(_mesh_axes())).mesh
+
+
 def overrides() -> dict[str, object]:
     """Returns the settings given on the command line, dotted path -> value."""
     given = {}
     scaling = flags.FLAGS["config.model.rope_scaling"].value
     if scaling is not None:
         given["model.rope_scaling"] = RopeScaling() if scaling == "yarn" else None
-    for setting in settings():
-        flag = flags.FLAGS[f"config.{setting.path}"]
-        if flag.present:
-            given[setting.path] = flag.value
-    return given
+    return given | _given(settings())
 
 
 def load(path: str) -> RunConfig:
@@ -96,6 +103,20 @@ def load(path: str) -> RunConfig:
     if not isinstance(config, RunConfig):
         raise ValueError(f"--config={path}: get_config() returns {type(config).__name__}, not a RunConfig")
     return config
+
+
+def _define(chosen: list[Setting]) -> None:
+    for setting in chosen:
+        flags.DEFINE(_SettingParser(setting), f"config.{setting.path}", None, _help(setting))
+
+
+def _given(chosen: list[Setting]) -> dict[str, object]:
+    found = {setting.path: flags.FLAGS[f"config.{setting.path}"] for setting in chosen}
+    return {path: flag.value for path, flag in found.items() if flag.present}
+
+
+def _mesh_axes() -> list[Setting]:
+    return [setting for setting in settings() if setting.path.startswith("mesh.") and setting.type is int]
 
 
 class _SettingParser(flags.ArgumentParser):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv3_jax import model
 from dsv3_jax.checkpoint import hf, training
@@ -102,35 +103,47 @@ class LanguageModel:
         hf.save(directory, self.config, self.params, dtype=dtype, tokenizer_directory=self.tokenizer_directory)
 
 
-def load_hf(directory: str | os.PathLike, *, dtype: str = "bfloat16") -> LanguageModel:
+def load_hf(directory: str | os.PathLike, *, dtype: str = "bfloat16",
+            mesh: jax.sharding.Mesh | None = None) -> LanguageModel:  # fmt: skip
     """Loads a Hugging Face directory: BF16, float32 or FP8 weights (which are dequantized).
 
     Args:
       directory: config.json and safetensors, as published or as transformers saves them.
       dtype: "bfloat16" or "float32": precision that weights are held and computed in.
+      mesh: over whose devices the weights spread, for `train.evaluate`; None: the default device.
 
     Raises:
       ValueError: a file or tensor that is missing, extra, damaged or of another architecture.
     """
     require(dtype in PRECISION_OF_DTYPE, "dtype", dtype, f"choose one of {tuple(PRECISION_OF_DTYPE)}")
     config = dataclasses.replace(hf.read_config(directory), precision=PRECISION_OF_DTYPE[dtype])
-    params = jax.device_put(hf.load_params(directory, config, dtype=dtype))
+    params = hf.load_params(directory, config, dtype=dtype)
+    params = jax.tree.map(_place, params, model.param_shardings(config, mesh))
     return LanguageModel(config, params, *_find_tokenizer(pathlib.Path(directory), config))
 
 
-def load_checkpoint(workdir: str | os.PathLike, *, step: int | None = None, ema: bool = False) -> LanguageModel:
+def load_checkpoint(workdir: str | os.PathLike, *, step: int | None = None, ema: bool = False,
+                    mesh: jax.sharding.Mesh | None = None) -> LanguageModel:  # fmt: skip
     """Loads a training run's checkpoint.
 
     Args:
       workdir: of launch/train.py or launch/import_hf.py.
       step: optimizer step of the checkpoint; None: the newest.
       ema: the moving average of the weights instead of the last ones.
+      mesh: over whose devices the weights spread, for `train.evaluate`; None: the default device.
 
     Raises:
       ValueError: no such checkpoint.
     """
-    run, params = training.open_params(workdir, step=step, ema=ema)
+    run, params = training.open_params(workdir, step=step, ema=ema, mesh=mesh)
     return LanguageModel(run.model, params, *_find_tokenizer(pathlib.Path(workdir) / "tokenizer", run.model))
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Moves what every process holds to the devices; each takes the parts of its own."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _find_tokenizer(directory: pathlib.Path, config: ModelConfig) -> tuple[Tokenizer | None, pathlib.Path | None]:

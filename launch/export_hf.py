@@ -12,7 +12,7 @@ import pathlib
 
 from absl import flags
 
-from dsv3_jax import config_flags
+from dsv3_jax import config_flags, process_flags
 from dsv3_jax.checkpoint import hf
 from dsv3_jax.checkpoint.stored_params import open_stored_params
 from dsv3_jax.config import RunConfig, require
@@ -26,9 +26,11 @@ TOKENIZER = flags.DEFINE_string("tokenizer", None, "directory whose tokenizer fi
                                 "tokenizer/ of the workdir or else of its corpus; empty: none")  # fmt: skip
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "list the tensors of an export of --config; write nothing")
 config_flags.define()
+process_flags.define_refused()
 
 
 def main() -> None:
+    process_flags.require_one_process()
     if DRY_RUN.value:
         for info in hf.tensor_table(config_flags.resolve().model, dtype=DTYPE.value):
             print(json.dumps(dataclasses.asdict(info)))

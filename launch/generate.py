@@ -8,7 +8,7 @@ import rich.console
 from absl import flags
 
 import dsv3_jax
-from dsv3_jax import config_flags
+from dsv3_jax import config_flags, process_flags
 
 WORKDIR = flags.DEFINE_string("workdir", None, "training run to load")
 STEP = flags.DEFINE_integer("step", None, "optimizer step of the checkpoint; not given: the newest", lower_bound=0)
@@ -25,6 +25,7 @@ flags.mark_flags_as_mutual_exclusive(["workdir", "hf"], required=True)
 
 
 def main() -> None:
+    process_flags.require_one_process()
     if WORKDIR.value:
         lm = dsv3_jax.load_checkpoint(WORKDIR.value, step=STEP.value, ema=EMA.value)
     else:
@@ -40,4 +41,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    process_flags.define_refused()
     config_flags.run(main)

@@ -13,16 +13,18 @@ import shutil
 import jax
 from absl import flags
 
-from dsv3_jax import config_flags
+from dsv3_jax import config_flags, process_flags
 from dsv3_jax.checkpoint import hf, training
 from dsv3_jax.config import DataConfig, ModelConfig, RunConfig, override
 
 HF = flags.DEFINE_string("hf", None, "Hugging Face directory to read: float32, BF16 or FP8", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "workdir to make; does not exist yet, or is empty", required=True)
 config_flags.define()
+process_flags.define_refused()
 
 
 def main() -> None:
+    process_flags.require_one_process()
     config = run_config(hf.read_config(HF.value))
     params = hf.load_params(HF.value, config.model, dtype="float32")
     training.save_params(WORKDIR.value, config, jax.tree.map(jax.device_put, params))

@@ -27,6 +27,7 @@ ALLOWED = {
         "train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config",
     },
     "config_flags": {"config"},
+    "process_flags": {"sharding", "config"},
     "testing": {"model", "sharding", "fp8", "kernels", "config"},
     "__init__": {"language_model", "config"},
 }

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from dsv3_jax.config import RunConfig, from_json, require, settings, to_json
-from dsv3_jax.model import ParamSpec, param_specs
+from dsv3_jax.model import ParamSpec, param_shardings, param_specs
 from dsv3_jax.sharding.processes import is_first
 
 CONFIG_FILE = "config.json"
@@ -146,6 +146,18 @@ def newest_step(workdir: str | Path) -> int | None:
     return max(_whole_steps(Path(workdir)), default=None)
 
 
+def find_step(workdir: str | Path, step: int | None) -> int:
+    """Returns the given step, or the newest, of which the workdir holds a whole checkpoint.
+
+    Raises:
+      ValueError: it holds none, or not this one.
+    """
+    steps = _whole_steps(Path(workdir))
+    require(bool(steps), "workdir", str(workdir), f"holds no whole checkpoint in {CHECKPOINTS}/; train first")
+    require(step is None or step in steps, "step", step, f"no such checkpoint in {workdir}; there are {sorted(steps)}")
+    return max(steps) if step is None else step
+
+
 def saved_items(workdir: str | Path, step: int) -> set[str]:
     """Returns which of params, ema, optimizer and run a checkpoint holds."""
     directory = Path(workdir) / CHECKPOINTS / str(step)
@@ -198,13 +210,15 @@ def require_same_run(workdir: str | Path, config: RunConfig) -> None:
             "choose another workdir, or set these as they were")  # fmt: skip
 
 
-def open_params(workdir: str | Path, *, step: int | None = None, ema: bool = False) -> tuple[RunConfig, dict]:
-    """Reads the float32 parameters of a checkpoint onto the default device.
+def open_params(workdir: str | Path, *, step: int | None = None, ema: bool = False,
+                mesh: jax.sharding.Mesh | None = None) -> tuple[RunConfig, dict]:  # fmt: skip
+    """Reads the float32 parameters of a checkpoint onto the default device, or the devices of a mesh.
 
     Args:
       workdir: directory of a training run or of `save_params`.
       step: optimizer step of the checkpoint; None: the newest.
       ema: the moving average instead of the last weights.
+      mesh: over whose devices parameters lie as in training; all of its processes call.
 
     Returns:
       (configuration saved with the checkpoint, parameters).
@@ -212,20 +226,16 @@ def open_params(workdir: str | Path, *, step: int | None = None, ema: bool = Fal
     Raises:
       ValueError: no such checkpoint, no moving average in it, or a damaged one.
     """
-    workdir = Path(workdir)
-    steps = _whole_steps(workdir)
-    require(bool(steps), "workdir", str(workdir), f"holds no whole checkpoint in {CHECKPOINTS}/; train first")
-    require(step is None or step in steps, "step", step, f"no such checkpoint in {workdir}; there are {sorted(steps)}")
-    step = max(steps) if step is None else step
+    workdir, step = Path(workdir), find_step(workdir, step)
     item = "ema" if ema else "params"
     require(item in saved_items(workdir, step), "ema", ema,
             f"the checkpoint of step {step} in {workdir} has no moving average; "
             "train with train.ema_decay > 0")  # fmt: skip
     config, _ = read_run(workdir, step)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     structs = jax.tree.map(
-        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=sharding), param_specs(config.model)
-    )
+        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=sharding),
+        param_specs(config.model), param_shardings(config.model, mesh),
+    )  # fmt: skip
     with _open_manager(workdir, config, read_only=True) as manager:
         return config, _restore(workdir, manager, step, {item: structs})[item]
 

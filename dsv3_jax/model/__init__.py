@@ -16,6 +16,7 @@ from dsv3_jax.model.deepseek_v3 import (
     forward,
     init_params,
     logits,
+    param_shardings,
     param_specs,
     param_splits,
     prefill,
@@ -26,6 +27,6 @@ from dsv3_jax.model.params import ParamSpec, compute_dtype, is_fp8, with_masters
 
 __all__ = [
     "Cache", "Forward", "ParamSpec", "cast_params", "compute_dtype", "count_params", "decode_step",
-    "document_starts", "forward", "init_cache", "init_params", "is_fp8", "logits", "param_specs",
+    "document_starts", "forward", "init_cache", "init_params", "is_fp8", "logits", "param_shardings", "param_specs",
     "param_splits", "prefill", "quantize_params", "split_layers", "with_masters",
 ]  # fmt: skip

@@ -111,6 +111,14 @@ def param_splits(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict:
     return jax.tree.map(lambda spec: split_param(mesh, spec.shape, spec.axes), param_specs(config))
 
 
+def param_shardings(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> dict:
+    """Returns where every parameter's master copy lies: spread over the mesh, or without one on the default device."""
+    if mesh is None:
+        whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda _: whole, param_specs(config))
+    return jax.tree.map(lambda split: jax.sharding.NamedSharding(mesh, split.master), param_splits(config, mesh))
+
+
 def init_params(config: ModelConfig, key: jax.Array, *, init_std: float) -> dict:
     """Draws float32 parameters: normal with standard deviation init_std, norms 1, biases 0 (§4.2)."""
     return init_from_specs(param_specs(config), key, init_std=init_std)

@@ -15,6 +15,7 @@ from dsv3_jax.sharding.collectives import SEQUENCE_AXIS, own_tokens
 from dsv3_jax.sharding.mesh import BATCH_AXES, num_batch_shards
 from dsv3_jax.sharding.rules import batch_sharding, batch_spec, per_device, replicated
 from dsv3_jax.sharding.zero import as_part, gather_parts
+from dsv3_jax.train.batches import place_rows
 from dsv3_jax.train.loss import chunk_columns, token_cross_entropy
 
 ScoreTokens = Callable[[dict, np.ndarray], jax.Array]
@@ -43,7 +44,7 @@ def make_score_tokens(config: ModelConfig, mesh: jax.sharding.Mesh, *, chunk_tok
     """Builds `score(params, tokens_BT1) -> float32 [B, T]`: -log P in nats of every token after the first.
 
     With segment_masks a token is predicted from its own document alone, as `data.segment_masks` trains it.
-    params are float32 and lie as `master_shardings` says, or on one device, where they may have been cast.
+    params lie as `model.param_shardings` says; they may have been cast. tokens are numpy, the same in every process.
     """
 
     def score(params: dict, tokens_BT1: jax.Array) -> jax.Array:
@@ -64,7 +65,8 @@ def make_score_tokens(config: ModelConfig, mesh: jax.sharding.Mesh, *, chunk_tok
     else:
         masters = jax.tree.map(lambda split: split.master, param_splits(config, mesh))
         share = per_device(score_parts, mesh=mesh, in_specs=(masters, batch_spec()), out_specs=scores)
-    return jax.jit(share, in_shardings=(None, batch_sharding(mesh)), out_shardings=replicated(mesh))
+    jitted = jax.jit(share, in_shardings=(None, batch_sharding(mesh)), out_shardings=replicated(mesh))
+    return lambda params, tokens_BT1: jitted(params, place_rows(mesh, tokens_BT1))
 
 
 def score_sources(score_tokens: ScoreTokens, params: dict, batches: Iterable[EvaluationBatch], *,

@@ -16,7 +16,6 @@ import signal
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from dsv3_jax.checkpoint.training import (
     TrainingCheckpoints,
@@ -33,7 +32,7 @@ from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.sharding.processes import ALONE, Processes, is_first
 from dsv3_jax.train import schedule
 from dsv3_jax.train.activation_memory import activation_lines, exchange_lines
-from dsv3_jax.train.batches import next_batch, place_rows
+from dsv3_jax.train.batches import next_batch
 from dsv3_jax.train.ema import host_structs, init_ema, update_ema
 from dsv3_jax.train.evaluate import Score, heldout_batch_size, make_score_tokens, score_sources, total
 from dsv3_jax.train.metrics import NoLog, RunLog, Screen, SilentScreen, Throughput, fetch, progress_line, step_record
@@ -265,15 +264,12 @@ def _make_heldout_evaluation(config: RunConfig, mesh, corpus: Corpus):
         config.model, mesh, chunk_tokens=config.train.loss_chunk_tokens, segment_masks=config.data.segment_masks
     )
 
-    def score_placed(params: dict, tokens_BT: np.ndarray) -> jax.Array:
-        return score_tokens(params, place_rows(mesh, tokens_BT))
-
     def evaluate(params: dict) -> dict[str, Score]:
         windows = heldout_windows(
             corpus, sequence_length=config.data.sequence_length, batch_size=heldout_batch_size(config, mesh),
             max_sequences=config.train.eval_sequences,
         )  # fmt: skip
-        scores = score_sources(score_placed, params, windows, num_sources=len(corpus.sources))
+        scores = score_sources(score_tokens, params, windows, num_sources=len(corpus.sources))
         return {name: score for name, score in zip(corpus.sources, scores) if score.num_bytes}
 
     return evaluate

@@ -4,10 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.model import init_params, param_splits
+from dsv3_jax.model import init_params, param_shardings
 from dsv3_jax.sharding.rules import replicated
 from dsv3_jax.train.optimizer import AdamWState, adamw
 
@@ -47,13 +46,8 @@ def fresh_state(config: RunConfig, params: dict) -> TrainState:
 def state_shardings(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainState:
     """Returns the sharding of every array of the state: master weights and moments alike, scalars everywhere."""
     scalar = replicated(mesh)
-    params = master_shardings(config, mesh)
+    params = param_shardings(config.model, mesh)
     return TrainState(params, AdamWState(scalar, params, params), scalar, scalar, scalar, scalar)
-
-
-def master_shardings(config: RunConfig, mesh: jax.sharding.Mesh) -> dict:
-    """Returns the sharding of every master weight."""
-    return jax.tree.map(lambda split: NamedSharding(mesh, split.master), param_splits(config.model, mesh))
 
 
 def abstract_state(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainState:

@@ -116,7 +116,7 @@ def test_the_job_starts_lost_pods_again_and_takes_no_stopped_run_for_a_finished_
 def test_the_pods_run_a_command_that_exists_with_flags_that_it_has(kubernetes):
     words = command_line(kubernetes["Job"], 0)
     assert words[:4] == ["exec", ".venv/bin/python", "-u", "launch/train.py"]
-    text = (ROOT / "launch" / "train.py").read_text()
+    text = "".join((ROOT / file).read_text() for file in ("launch/train.py", "dsv3_jax/process_flags.py"))
     for word in words[4:]:
         name = word.removeprefix("--").partition("=")[0]
         assert name.startswith("config") or f'"{name}"' in text, word

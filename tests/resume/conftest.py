@@ -59,25 +59,33 @@ class Launcher:
         }
 
     def start(self, workdir: Path, *arguments: str, num_devices: int = 1) -> subprocess.Popen:
-        flags = f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"
-        command = [
-            sys.executable, ROOT / "launch" / "train.py", f"--config={self.config}", f"--workdir={workdir}",
-            f"--config.data.corpus={self.corpus}", *arguments,
-        ]  # fmt: skip
-        return subprocess.Popen(
-            command, env=self._environment | {"XLA_FLAGS": flags}, start_new_session=True, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        return self.start_command(*self._train(workdir), *arguments, num_devices=num_devices)
 
     def start_all(self, workdir: Path, *arguments: str, num_processes: int,
                   own: dict[int, tuple[str, ...]] | None = None) -> list[subprocess.Popen]:  # fmt: skip
         """Starts the processes of one run; `own` holds further arguments of single ones."""
+        return self.start_commands(*self._train(workdir), *arguments, num_processes=num_processes, own=own)
+
+    def _train(self, workdir: Path) -> tuple[str, ...]:
+        return "train.py", f"--config={self.config}", f"--workdir={workdir}", f"--config.data.corpus={self.corpus}"
+
+    def start_command(self, script: str, *arguments: str, num_devices: int = 1) -> subprocess.Popen:
+        """Starts a command of launch/."""
+        flags = f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"
+        return subprocess.Popen(
+            [sys.executable, ROOT / "launch" / script, *arguments], env=self._environment | {"XLA_FLAGS": flags},
+            start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def start_commands(self, script: str, *arguments: str, num_processes: int,
+                       own: dict[int, tuple[str, ...]] | None = None) -> list[subprocess.Popen]:  # fmt: skip
+        """Starts processes that work as one; `own` holds further arguments of single ones."""
         with socket.create_server(("", 0)) as probe:
             address = f"localhost:{probe.getsockname()[1]}"
         own = own if own is not None else {}
         return [
-            self.start(workdir, *arguments, f"--coordinator_address={address}", f"--num_processes={num_processes}",
-                       f"--process_id={process}", *own.get(process, ()))
+            self.start_command(script, *arguments, f"--coordinator_address={address}",
+                               f"--num_processes={num_processes}", f"--process_id={process}", *own.get(process, ()))
             for process in range(num_processes)
         ]  # fmt: skip
 
