@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.fp8.formats import E5M6Array, decode_e5m6, dequantize
-from dsv3_jax.fp8.linear import KeptInput, for_backward, input_columns, keep_input, pad_rows, weight_gradient
+from dsv3_jax.fp8.linear import KeptInput, for_backward, input_columns, pad_rows, quantize_and_keep, weight_gradient
 from dsv3_jax.fp8.weight import Fp8Weight
 from dsv3_jax.kernels.attention import attend, attention_gradients
-from dsv3_jax.kernels.block_quantize import quantize_rows, quantize_rows_and_columns
+from dsv3_jax.kernels.block_quantize import quantize_rows_and_columns
 from dsv3_jax.kernels.fp8_matmul import fp8_matmul
 
 
@@ -45,9 +45,9 @@ def _forward(q_BTNX, k_BTNX, v_BTNU, first_key_BT, weight, scale):
     out_BTNU, lse_BNT = attend(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale=scale)
     batch, length, *_ = out_BTNU.shape
     out_RK = pad_rows(out_BTNU.reshape(batch * length, -1))
-    rows = quantize_rows(out_RK)
+    rows, kept = quantize_and_keep(out_RK, None, 0.0, weight.input_cache)
     y_RD = fp8_matmul(rows, weight.forward, out_dtype=out_RK.dtype)[: batch * length]
-    kept = checkpoint_name(keep_input(out_RK, None, rows, weight.input_cache), "attention_out")
+    kept = checkpoint_name(kept, "attention_out")
     lse_BNT = checkpoint_name(lse_BNT, "attention_lse")
     return y_RD, (q_BTNX, k_BTNX, v_BTNU, first_key_BT, kept, lse_BNT, for_backward(weight))
 

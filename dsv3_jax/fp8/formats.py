@@ -22,7 +22,7 @@ import numpy as np
 TILE = 128
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0
-E5M6_MAX = 65024.0
+E5M6_MAX, E5M6_SMALLEST = 65024.0, 2.0**-20
 MIN_AMAX = 1e-4  # of the published quantizers with float32 scales: zeros get a finite scale
 SCALE_FORMATS = ("power_of_two", "float32")
 FLOAT32_MANTISSA_BITS = 23
@@ -156,11 +156,11 @@ def encode_e5m6(x_RK: jax.Array) -> E5M6Array:
     x_RK = x_RK.astype(jnp.float32)
     columns = x_RK.shape[-1]
     half = -(-columns // 2)
-    scales_Rk, inverses_Rk = power_of_two_scales(_amax(_split(x_RK, -1), -1), largest=E5M6_MAX, smallest=2.0**-20)
+    scales_Rk, inverses_Rk = power_of_two_scales(_amax(_split(x_RK, -1), -1), largest=E5M6_MAX, smallest=E5M6_SMALLEST)
     scaled_RK = x_RK * jnp.repeat(inverses_Rk, TILE, axis=-1)[..., :columns]
     # Codes are made for each plane anew: on a GPU that is cheaper than to keep them in memory between the two.
-    high_RK = _e5m6_codes(scaled_RK) >> 4
-    low_RJ, upper_RJ = (_e5m6_codes(scaled_RK[..., part]) & 15 for part in (slice(half), slice(half, columns)))
+    high_RK = e5m6_codes(scaled_RK) >> 4
+    low_RJ, upper_RJ = (e5m6_codes(scaled_RK[..., part]) & 15 for part in (slice(half), slice(half, columns)))
     low_RJ |= jnp.pad(upper_RJ, _pad_widths(x_RK.ndim, -1, 2 * half - columns)) << 4
     encoded = E5M6Array(high_RK.astype(jnp.uint8), low_RJ.astype(jnp.uint8), jnp.swapaxes(scales_Rk, -1, -2))
     # Without the barrier XLA keeps wider steps of the computation, from which decoding begins, instead of the result.
@@ -282,7 +282,7 @@ def upper_half(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & ~0xFFF, jnp.float32)
 
 
-def _e5m6_codes(x: jax.Array) -> jax.Array:
+def e5m6_codes(x: jax.Array) -> jax.Array:
     """Rounds float32 of at most 65024 to E5M6 codes, uint32, in integers: nearest even without double rounding."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     magnitude_bits = bits & 0x7FFFFFFF

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.fp8.formats import E5M6Array, QuantizedArray, decode_e5m6, encode_e5m6
+from dsv3_jax.fp8.formats import E5M6Array, QuantizedArray
 from dsv3_jax.fp8.weight import Fp8Weight
 from dsv3_jax.kernels.block_quantize import (
+    decode_columns,
     quantize_columns,
     quantize_rows,
     quantize_rows_and_columns,
+    quantize_rows_and_encode,
     rms_norm_rows,
     rows_to_columns,
 )
@@ -57,9 +59,8 @@ def _linears(x_RK, norm_weight, weights: tuple[Fp8Weight, ...], eps: float) -> t
 
 
 def _linears_forward(x_RK, norm_weight, weights, eps):
-    rows = quantize_input(x_RK, norm_weight, eps)
+    rows, kept = quantize_and_keep(x_RK, norm_weight, eps, weights[0].input_cache)
     outputs = tuple(fp8_matmul(rows, weight.forward, out_dtype=x_RK.dtype) for weight in weights)
-    kept = keep_input(x_RK, norm_weight, rows, weights[0].input_cache)
     return outputs, (kept, tuple(for_backward(weight) for weight in weights))
 
 
@@ -87,25 +88,35 @@ class KeptInput:
     cached: QuantizedArray | E5M6Array | None  # of what is multiplied; None: computed again from x
 
 
+def quantize_and_keep(
+    x_RK: jax.Array, norm_weight: jax.Array | None, eps: float, input_cache: str
+) -> tuple[QuantizedArray, KeptInput]:
+    """Returns the rows of the input, normalised where there is a norm weight, and what to keep of it by the policy."""
+    if input_cache == "e5m6":
+        assert norm_weight is None, "E5M6 is for inputs that no norm makes"
+        rows, encoded = quantize_rows_and_encode(x_RK)
+        return rows, KeptInput(None, None, encoded)
+    rows = quantize_input(x_RK, norm_weight, eps)
+    return rows, keep_input(x_RK, norm_weight, rows, input_cache)
+
+
 def quantize_input(x_RK: jax.Array, norm_weight: jax.Array | None, eps: float) -> QuantizedArray:
     """Returns the rows of the input, normalised where there is a norm weight."""
     return quantize_rows(x_RK) if norm_weight is None else rms_norm_rows(x_RK, norm_weight, eps)
 
 
 def keep_input(x_RK: jax.Array, norm_weight: jax.Array | None, rows: QuantizedArray, input_cache: str) -> KeptInput:
-    """Returns what to keep of an input by the policy; the input of a norm is kept besides, for the norm's gradient."""
+    """Returns what to keep of an input, BF16 or E4M3; the input of a norm is kept besides, for the norm's gradient."""
     if input_cache == "bf16":
         return KeptInput(x_RK, norm_weight, None)
-    if input_cache == "e4m3":
-        return KeptInput(None if norm_weight is None else x_RK, norm_weight, rows)
-    assert input_cache == "e5m6" and norm_weight is None, "E5M6 is for inputs that no norm makes"
-    return KeptInput(None, None, encode_e5m6(x_RK))
+    assert input_cache == "e4m3", input_cache
+    return KeptInput(None if norm_weight is None else x_RK, norm_weight, rows)
 
 
 def input_columns(kept: KeptInput, eps: float) -> QuantizedArray:
     """Returns the input in 128x1 tiles, [K, R], for the weight's gradient."""
     if isinstance(kept.cached, E5M6Array):
-        return quantize_columns(decode_e5m6(kept.cached).astype(jnp.bfloat16))  # exact
+        return decode_columns(kept.cached)
     if kept.cached is not None:
         return rows_to_columns(kept.cached)
     if kept.norm_weight is None:

@@ -9,7 +9,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.fp8.formats import QuantizedArray, num_tiles, padded_blocks
+from dsv3_jax.fp8.formats import QuantizedArray, encode_e5m6, num_tiles, padded_blocks
 from dsv3_jax.kernels.block_quantize import pallas_gpu as quantizers
 from dsv3_jax.kernels.fp8_matmul import pallas_gpu as dense
 from dsv3_jax.kernels.grouped_matmul import pallas_gpu as grouped_bf16
@@ -137,6 +137,8 @@ def other_calls() -> dict[str, Call]:
         "quantize_rows": Call(quantizers.quantize_rows, (tokens,)),
         "quantize_columns": Call(quantizers.quantize_columns, (tokens,)),
         "quantize_rows_and_columns": Call(quantizers.quantize_rows_and_columns, (tokens,)),
+        "quantize_rows_and_encode": Call(quantizers.quantize_rows_and_encode, (tokens,)),
+        "decode_columns": Call(quantizers.decode_columns, (jax.eval_shape(encode_e5m6, tokens),)),
         "rows_to_columns": Call(quantizers.rows_to_columns, (rows(4096, 7168),)),
         "rms_norm_rows": Call(
             lambda x, weight: quantizers.rms_norm_rows(x, weight, 1e-6),

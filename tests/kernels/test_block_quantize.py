@@ -82,6 +82,29 @@ def test_swiglu_gradient_equals_differences(width):
     assert_quantizes(columns, expected.T)
 
 
+@pytest.mark.parametrize("width", [128, 80])
+def test_weighted_swiglu_gradient_equals_differences(width):
+    gate_up, dhidden = formats.quantize_rows(draw((144, 2 * width))), draw((144, width), seed=1)
+    weights = jnp.asarray(np.random.default_rng(2).uniform(size=144), jnp.float32)
+    gate, up = np.split(np.asarray(formats.dequantize(gate_up), np.float64), 2, axis=1)
+    dhidden64, weights64 = np.asarray(dhidden, np.float64), np.asarray(weights, np.float64)[:, None]
+    dsilu = (silu(gate + 1e-5) - silu(gate - 1e-5)) / 2e-5
+    expected = weights64 * np.concatenate([dhidden64 * up * dsilu, dhidden64 * silu(gate)], axis=1)
+    rows, columns, dweights = op.weighted_swiglu_gradient(gate_up, dhidden, weights)
+    assert_quantizes(rows, expected)
+    assert_quantizes(columns, expected.T)
+    hidden64 = silu(gate) * up
+    summands = np.abs(hidden64 * dhidden64).sum(axis=1)
+    assert np.all(np.abs(dweights - (hidden64 * dhidden64).sum(axis=1)) < 1e-5 * summands)
+
+
+def test_e5m6_becomes_columns_without_another_rounding():
+    x = draw((48, 320))
+    rows, encoded = op.quantize_rows_and_encode(x)
+    assert_same(rows, op.quantize_rows(x))
+    assert_quantizes(op.decode_columns(encoded), np.asarray(formats.decode_e5m6(encoded), np.float64).T)
+
+
 def test_nan_and_infinity_reach_every_result():
     gate_up = draw((16, 256)).at[3, 5].set(jnp.nan).at[7, 140].set(jnp.inf)
     hidden, kept = op.swiglu_rows(gate_up)
@@ -109,6 +132,13 @@ def test_nan_and_infinity_reach_every_result():
             lambda: op.swiglu_gradient(formats.quantize_rows(jnp.zeros((16, 256))), jnp.zeros((16, 64))),
             r"dhidden \(16, 64\).*need \[16, 128\]",
         ),
+        (
+            lambda: op.weighted_swiglu_gradient(
+                formats.quantize_rows(jnp.zeros((16, 256))), jnp.zeros((16, 128)), jnp.zeros(8)
+            ),
+            r"weights float32\[8\]: need float32\[16\]",
+        ),
+        (lambda: op.decode_columns(jnp.zeros((16, 256))), "need a matrix in E5M6"),
         (lambda: op.quantize_rows(jnp.zeros((16, 16)), implementation="cuda"), "implementation='cuda'"),
     ],
 )
@@ -130,6 +160,7 @@ BF16 = functools.partial(jnp.zeros, dtype=jnp.bfloat16)
         (lambda **kw: op.rms_norm_rows(BF16((16, 384)), jnp.ones(384), 1e-6, **kw), "D=384"),
         (lambda **kw: op.rms_norm_rows(BF16((16, 8320)), jnp.ones(8320), 1e-6, **kw), "D=8320"),
         (lambda **kw: op.swiglu_rows(BF16((16, 192)), **kw), "F=96"),
+        (lambda **kw: op.quantize_rows_and_encode(BF16((16, 384)), **kw), "E5M6 of K=384"),
         (lambda **kw: op.quantize_rows(BF16((16, 128)), **kw), "needs a Hopper GPU.*default device is cpu"),
     ],
 )

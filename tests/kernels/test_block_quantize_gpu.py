@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8 import formats
-from dsv3_jax.fp8.formats import QuantizedArray
+from dsv3_jax.fp8.formats import E5M6Array, QuantizedArray
 from dsv3_jax.kernels.block_quantize import pallas_gpu, reference
 
 interpreted = pytest.mark.skipif(
@@ -69,6 +69,8 @@ def make_case(name: str, rows: int, columns: int) -> Case:
     if name == "weighted_swiglu_gradient":
         weights = jnp.asarray(np.random.default_rng(2).uniform(size=rows), jnp.float32).at[7].set(0)
         return Case(name, (formats.quantize_rows(x), draw((rows, columns // 2), seed=1), weights), FUSED_SHARE)
+    if name == "decode_columns":
+        return Case(name, (formats.encode_e5m6(x),))
     return Case(name, (x,))
 
 
@@ -77,9 +79,12 @@ def check(case: Case):
     expected = getattr(reference, case.name)(*case.operands)
     if isinstance(actual, QuantizedArray):
         actual, expected = (actual,), (expected,)
+    assert len(actual) == len(expected)
     for one, other in zip(actual, expected):
         if isinstance(one, QuantizedArray):
             assert_same(one, other, share=case.share)
+        elif isinstance(one, E5M6Array):
+            jax.tree.map(np.testing.assert_array_equal, one, other)
         else:  # sums over rows in another order
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
 
@@ -89,6 +94,8 @@ SHAPES = {
     "quantize_rows": [(144, 192), (16, 64)],
     "quantize_columns": [(192, 320)],
     "quantize_rows_and_columns": [(208, 320), (128, 128)],
+    "quantize_rows_and_encode": [(144, 512)],
+    "decode_columns": [(144, 512)],
     "rows_to_columns": [(192, 320)],
     "rms_norm_rows": [(16, 768), (16, 512)],
     "swiglu_rows": [(144, 512)],
@@ -96,7 +103,7 @@ SHAPES = {
     "swiglu_gradient": [(208, 512)],
     "weighted_swiglu_gradient": [(256, 512)],
 }
-EXACT = [name for name in SHAPES if "quantize" in name or name == "rows_to_columns"]
+EXACT = [name for name in SHAPES if "quantize" in name or name in ("rows_to_columns", "decode_columns")]
 CALLS = [(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
 
 

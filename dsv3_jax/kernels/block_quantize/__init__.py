@@ -12,7 +12,7 @@ raises ValueError, as do operands of other ranks or dtypes than documented.
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.fp8.formats import TILE, QuantizedArray, require_quantized
+from dsv3_jax.fp8.formats import TILE, E5M6Array, QuantizedArray, require_quantized
 from dsv3_jax.kernels import dispatch
 from dsv3_jax.kernels.block_quantize import reference
 
@@ -45,6 +45,26 @@ def rows_to_columns(rows: QuantizedArray, *, implementation: str | None = None) 
     """Converts row-quantized [R, K] to row-quantized [K, R]; values change only where they underflow."""
     require_quantized(rows, "rows", tiles=("row",), ndim=2)
     return _choose(implementation, _size_problem(rows.codes.shape)).rows_to_columns(rows)
+
+
+def quantize_rows_and_encode(
+    x_RK: jax.Array, *, implementation: str | None = None
+) -> tuple[QuantizedArray, E5M6Array]:
+    """Quantizes [R, K] in 1x128 tiles to E4M3, for a product, and to E5M6, which is kept for the backward pass.
+
+    pallas_gpu needs K a multiple of 256.
+    """
+    _require_matrix(x_RK, "x")
+    problem = _array_problem(x_RK) or _pairs_problem(x_RK.shape[1])
+    return _choose(implementation, problem).quantize_rows_and_encode(x_RK)
+
+
+def decode_columns(encoded: E5M6Array, *, implementation: str | None = None) -> QuantizedArray:
+    """Quantizes E5M6 [R, K] to E4M3 in 128x1 tiles: row-quantized [K, R]. pallas_gpu needs K a multiple of 256."""
+    if not isinstance(encoded, E5M6Array) or encoded.high.ndim != 2:
+        raise ValueError(f"encoded is {jax.tree.map(jnp.shape, encoded)}: need a matrix in E5M6 (formats.encode_e5m6)")
+    shape = encoded.high.shape
+    return _choose(implementation, _size_problem(shape) or _pairs_problem(shape[1])).decode_columns(encoded)
 
 
 def rms_norm_rows(
@@ -202,6 +222,10 @@ def _size_problem(shape: tuple[int, int]) -> str | None:
 def _halves_problem(shape: tuple[int, int]) -> str | None:
     width = shape[1] // 2
     return f"gate and up of F={width}: must be a multiple of {TILE}" if width % TILE else None
+
+
+def _pairs_problem(width: int) -> str | None:
+    return f"E5M6 of K={width}: must be a multiple of {2 * TILE}" if width % (2 * TILE) else None
 
 
 def _weight_problem(weight: jax.Array) -> str | None:

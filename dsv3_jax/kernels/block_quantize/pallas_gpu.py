@@ -15,14 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
+from dsv3_jax.kernels.block_quantize.e5m6 import decode_columns, quantize_rows_and_encode
 from dsv3_jax.kernels.block_quantize.rms_norm import rms_norm_rows
 from dsv3_jax.kernels.block_quantize.tiles import CHUNK, Block, Factors, Operand, Result, for_each_tile
 from dsv3_jax.kernels.block_quantize.weights import quantize_weights
 
 __all__ = [
+    "decode_columns",
     "quantize_columns",
     "quantize_rows",
     "quantize_rows_and_columns",
+    "quantize_rows_and_encode",
     "quantize_weights",
     "rms_norm_rows",
     "rows_to_columns",

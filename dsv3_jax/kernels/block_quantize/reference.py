@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.fp8 import formats
-from dsv3_jax.fp8.formats import QuantizedArray
+from dsv3_jax.fp8.formats import E5M6Array, QuantizedArray
 from dsv3_jax.kernels.swiglu import swiglu, swiglu_gradients
 
 quantize_rows = formats.quantize_rows
@@ -16,6 +16,18 @@ rows_to_columns = formats.rows_to_columns
 def quantize_rows_and_columns(x_RK: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
     """Quantizes in 1x128 and in 128x1 tiles."""
     return formats.quantize_rows(x_RK), formats.quantize_columns(x_RK)
+
+
+@jax.jit
+def quantize_rows_and_encode(x_RK: jax.Array) -> tuple[QuantizedArray, E5M6Array]:
+    """Quantizes in 1x128 tiles to E4M3 and to E5M6."""
+    return formats.quantize_rows(x_RK), formats.encode_e5m6(x_RK)
+
+
+@jax.jit
+def decode_columns(encoded: E5M6Array) -> QuantizedArray:
+    """Quantizes E5M6 in 128x1 tiles."""
+    return formats.quantize_columns(formats.decode_e5m6(encoded))
 
 
 @jax.jit

@@ -90,9 +90,7 @@ def rms_norm_rows(x_RD: jax.Array, weight_D: jax.Array, eps: float) -> Quantized
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=warpgroups),
         ),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0
-        ),
+        compiler_params=tiles.COMPILER_PARAMS,
     )(x_RD.reshape(num_rows, blocks, TILE), weight_D.astype(jnp.float32).reshape(blocks, TILE))
     # Without the barrier XLA runs the kernel twice where a loop also stacks its results for the backward pass.
     codes, scales = lax.optimization_barrier((codes, scales))

@@ -32,6 +32,10 @@ _ROWS = fragmented_array.TiledLayout(
 ROWS = plgpu.Layout.TILED(_ROWS.tiling, _ROWS.warp_dims, _ROWS.lane_dims, _ROWS.vector_dim)
 COLUMNS = plgpu.Layout.WGMMA  # two shuffles for a maximum; what a transposed load can be turned into
 
+COMPILER_PARAMS = plgpu.CompilerParams(
+    approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0
+)
+
 
 class Operand(NamedTuple):
     """A tensor [R, K] of which a thread block reads a tile."""
@@ -155,16 +159,7 @@ def for_each_tile(
                 codes, scales = outputs[output]
                 if codes is not None:
                     plgpu.copy_smem_to_gmem(own_codes, codes.at[rows, pl.ds(tile * TILE, TILE)], commit_group=False)
-                if num_rows % chunk_rows == 0:
-                    plgpu.copy_smem_to_gmem(own_scales, scales.at[tile, rows], commit_group=False)
-                    return
-                for first in range(0, chunk_rows, ROW_MULTIPLE):  # a contiguous copy would run into the next tile
-
-                    @pl.when(row + first < num_rows)
-                    def _copy(first=first):
-                        piece = own_scales.at[pl.ds(first, ROW_MULTIPLE)]
-                        rows = pl.ds(row + first, ROW_MULTIPLE)
-                        plgpu.copy_smem_to_gmem(piece, scales.at[tile, rows], commit_group=False)
+                copy_scales(own_scales, scales.at[tile], row, num_rows)
 
             if chunks > 1 and 0 < num_rows % TILE <= chunk_rows:
                 pl.when(row < num_rows)(copy_out)
@@ -206,9 +201,7 @@ def for_each_tile(
             plgpu.SMEM((slots, chunk_rows), jnp.float32),
             plgpu.Barrier(num_arrivals=len(arrays)),
         ),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0
-        ),
+        compiler_params=COMPILER_PARAMS,
     )(*arrays)
     # Without the barrier XLA runs the kernel twice where a loop also stacks its results for the backward pass.
     outputs = _by_output(lax.optimization_barrier(outputs), are_sums)
@@ -245,11 +238,35 @@ def _in_shared_memory(
     return arrays, types, transfers
 
 
+def copy_scales(own: Any, scales: Any, row: Any, num_rows: int) -> None:
+    """Copies scales of rows from `row` on out of shared memory, those of rows that exist; commits nothing."""
+    (count,) = own.shape
+    if num_rows % count == 0:
+        plgpu.copy_smem_to_gmem(own, scales.at[pl.ds(row, count)], commit_group=False)
+        return
+    for first in range(0, count, ROW_MULTIPLE):  # a contiguous copy would run into the next tile
+
+        @pl.when(row + first < num_rows)
+        def _copy(first=first):
+            piece, rows = own.at[pl.ds(first, ROW_MULTIPLE)], pl.ds(row + first, ROW_MULTIPLE)
+            plgpu.copy_smem_to_gmem(piece, scales.at[rows], commit_group=False)
+
+
 def quantize(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the codes of float32 values in registers, and the scale of each of their rows."""
-    scales, inverses = formats.power_of_two_scales(_largest(values))
-    inverses = lax.broadcast_in_dim(inverses, values.shape, range(values.ndim - 1))
+    scales, inverses = row_scales(values)
     return (values * inverses).astype(E4M3), scales
+
+
+def row_scales(values: jax.Array, **limits: float) -> tuple[jax.Array, jax.Array]:
+    """Returns the scale of each row of float32 values, and its inverse spread over the row.
+
+    Args:
+      values: in registers.
+      limits: those of the number format, see `formats.power_of_two_scales`; none are E4M3's.
+    """
+    scales, inverses = formats.power_of_two_scales(_largest(values), **limits)
+    return scales, lax.broadcast_in_dim(inverses, values.shape, range(values.ndim - 1))
 
 
 def _largest(values: jax.Array) -> jax.Array:
