@@ -1,8 +1,8 @@
 """Compiles the Hopper kernels for an H200 that is not there; the last line on stdout is ptxas's account as JSON.
 
 {call: [{"kernel", "registers", "threads", "stack_bytes", "spill_stores", "spill_loads", "approximate_divisions",
-"products_made_twice", "qgmma", "local_memory"}]}; the last two count machine instructions, and are null where ptxas or
-nvdisasm is neither on PATH nor in /usr/local/cuda/bin.
+"products_made_twice", "qgmma", "qgmma_from_zero", "local_memory"}]}; the last three count machine instructions, and are
+null where ptxas or nvdisasm is neither on PATH nor in /usr/local/cuda/bin.
 Needs jax-cuda13-plugin and jax-cuda13-pjrt.
 """
 
@@ -73,6 +73,7 @@ def compile_call(call, directory: pathlib.Path) -> list[dict]:
             "approximate_divisions": len(re.findall(r"\bdiv\.(?:full|approx)", ptx)),
             "products_made_twice": products_made_twice(ptx),
             "qgmma": None if listing is None else len(re.findall(r"\bQGMMA\b", listing)),
+            "qgmma_from_zero": None if listing is None else len(re.findall(r"\bQGMMA\b[^;]*\bRZ, !UPT", listing)),
             "local_memory": None if listing is None else len(re.findall(r"\b(?:STL|LDL)\b", listing)),
         })  # fmt: skip
     for path in directory.iterdir():

@@ -207,6 +207,7 @@ def test_products_run_on_fp8_tensor_cores(compiled, name):
     if kernel["qgmma"] is None:
         pytest.skip("counting instructions needs ptxas and nvdisasm of the CUDA toolkit")
     assert kernel["qgmma"] >= 4, "128 of the contraction are four instructions of 32"
+    assert kernel["qgmma"] == 4 * kernel["qgmma_from_zero"], "partial products start from registers that were cleared"
     assert kernel["local_memory"] == 0
 
 
