@@ -1,13 +1,15 @@
-"""Continues sequences with DeepSeek-V3 on 256 GPUs, after the report's layout (§3.4.2): TP4, DP64, EP256.
+"""Continues sequences with DeepSeek-V3 on 320 GPUs, in the report's layout (§3.4.2): TP4 with SP, DP80, EP320.
 
 Command:   python launch/plan.py --config=configs/deepseek_v3_671b_decode.py --program=decode --rows=128
-Hardware:  32 nodes x 8 H200; the report: 40 nodes of H800.
+Hardware:  40 nodes x 8 H200; the report: H800.
 Cost:      the least time, bytes and memory are what the command prints.
-Result:    one token for each of 128 sequences per group of 4 GPUs, 8192 in all, whose caches hold 4096 tokens.
+Result:    one token for each of 128 sequences per group of 4 GPUs, 10,240 in all, whose caches hold 4096 tokens.
 
-The report's TP4, DP80, EP320 takes more GPUs than there are experts: 64 of its 320 hold redundant copies of busy
-experts and the shared one. Every expert exists once here, so EP must divide 256. As in the report, tokens go straight
-to the GPU of their expert: for the exchange all GPUs are one node.
+Every GPU has one routed expert: 256, and 64 copies of the busiest, see `serve.on_mesh.balance_experts`. The report
+routes to the shared expert as to a ninth and gives it some of the 64; here it is on every GPU, for its own tokens.
+
+Few tokens come from each GPU, so the exchange has room for all of them everywhere: it neither arranges them nor ever
+needs a second round. They cross the network once per node, then NVLink; the report sends them straight to their GPU.
 """
 
 from dsv3_jax.config import DataConfig, MeshConfig, ModelConfig, RopeScaling, RunConfig, TrainConfig
@@ -19,8 +21,10 @@ def get_config() -> RunConfig:
             num_nextn_predict_layers=0,
             rope_scaling=RopeScaling(factor=40, original_max_position_embeddings=4096),
             precision="fp8",
+            exchange_capacity=40.0,  # a token goes to one GPU in 40 on average
+            n_redundant_experts=64,
         ),
-        mesh=MeshConfig(node=1, gpu=64, tensor=4),
+        mesh=MeshConfig(node=40, gpu=2, tensor=4),
         data=DataConfig(sequence_length=4096),
-        train=TrainConfig(batch_size=64, batch_ramp_tokens=0),
+        train=TrainConfig(batch_size=80, batch_ramp_tokens=0),
     )

@@ -5,7 +5,8 @@ Hardware:  4 nodes x 8 H200; the report: H800.
 Cost:      the least time, bytes and memory are what the command prints.
 Result:    8 prompts of 4096 tokens at a time, one per group of 4 GPUs.
 
-The report keeps 32 redundant experts besides, one more on every GPU; here every expert exists once.
+Every GPU has 9 slots for routed experts: 8, and one of 32 redundant ones, copies of the busiest. Copies stay in their
+expert's node, see `serve.on_mesh.balance_experts`. The shared expert is on every GPU, for its own tokens.
 """
 
 from dsv3_jax.config import DataConfig, MeshConfig, ModelConfig, RopeScaling, RunConfig, TrainConfig
@@ -17,6 +18,7 @@ def get_config() -> RunConfig:
             num_nextn_predict_layers=0,
             rope_scaling=RopeScaling(factor=40, original_max_position_embeddings=4096),
             precision="fp8",
+            n_redundant_experts=32,
         ),
         mesh=MeshConfig(node=4, gpu=2, tensor=4),
         data=DataConfig(sequence_length=4096),

@@ -127,6 +127,10 @@ class ModelConfig:
         1.25, "room for tokens that travel to experts at one time, relative to what uniform routing needs; "
         "what finds no room travels in further rounds",
     )  # fmt: skip
+    n_redundant_experts: int = setting(
+        0, "slots for further copies of busy experts, per layer, in prefill and decoding on a mesh; results are the "
+        "same; 0 in training",
+    )  # fmt: skip
 
     def __post_init__(self):
         _require_types(self, "model.")
@@ -136,7 +140,8 @@ class ModelConfig:
             "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "n_group", "topk_group", "num_experts_per_tok",
             "max_position_embeddings", "rope_theta", "rms_norm_eps", "initializer_range", "exchange_capacity",
         )  # fmt: skip
-        for name in ("num_nextn_predict_layers", "n_shared_experts", "first_k_dense_replace", "aux_loss_alpha"):
+        for name in ("num_nextn_predict_layers", "n_shared_experts", "first_k_dense_replace", "aux_loss_alpha",
+                     "n_redundant_experts"):  # fmt: skip
             require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must not be negative")
         if self.q_lora_rank is not None:
             _require_positive(self, "model", "q_lora_rank")
@@ -163,6 +168,9 @@ class ModelConfig:
         for name, choices in {"fp8_input_cache": FP8_INPUT_CACHES, "fp8_attention_cache": FP8_ATTENTION_CACHES,
                               "fp8_swiglu_cache": FP8_INPUT_CACHES}.items():  # fmt: skip
             require(getattr(self, name) in choices, f"model.{name}", getattr(self, name), f"choose one of {choices}")
+        require(not self.n_redundant_experts or not self.num_nextn_predict_layers, "model.n_redundant_experts",
+                self.n_redundant_experts, "is for serving, which runs no MTP modules; set num_nextn_predict_layers=0 "
+                "or n_redundant_experts=0")  # fmt: skip
         if self.precision == "fp8":
             self._require_fp8_dimensions()
         require(self.remat_policy in REMAT_POLICIES, "model.remat_policy", self.remat_policy,

@@ -34,6 +34,8 @@ REFUSED = [
     ({"mesh.pipe": 2}, "mesh.pipe=2", "use 1"),
     ({"mesh.tensor": 0}, "mesh.tensor=0", "-1 for what is left"),
     ({"model.exchange_capacity": 0.0}, "model.exchange_capacity=0.0", "greater than 0"),
+    ({"model.n_redundant_experts": -1}, "model.n_redundant_experts=-1", "not be negative"),
+    ({"model.n_redundant_experts": 32}, "model.n_redundant_experts=32", "num_nextn_predict_layers=0"),
     ({"data.sequence_length": 0}, "data.sequence_length=0", "greater than 0"),
     ({"data.sequence_length": 163841}, "data.sequence_length=163841", "model.max_position_embeddings=163840"),
     ({"data.sequence_length": 1}, "data.sequence_length=1", "exceed model.num_nextn_predict_layers=1"),
@@ -62,7 +64,7 @@ def test_refusal_names_field_value_and_fix(values, field_and_value, fix):
 def test_every_positive_number_is_checked():
     """Every integer of the network that is not a choice of zero or more refuses zero."""
     may_be_zero = {"num_nextn_predict_layers", "n_shared_experts", "first_k_dense_replace", "bos_token_id",
-                   "eos_token_id"}  # fmt: skip
+                   "eos_token_id", "n_redundant_experts"}  # fmt: skip
     for setting in settings():
         section, _, name = setting.path.partition(".")
         if section == "model" and setting.type is int and name not in may_be_zero:

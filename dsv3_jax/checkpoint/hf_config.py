@@ -56,7 +56,7 @@ _DEFAULTS = {
 }
 _OURS = (
     "rope_theta", "rope_scaling", "precision", "remat_policy", "fp8_input_cache", "fp8_attention_cache",
-    "fp8_swiglu_cache", "exchange_capacity",
+    "fp8_swiglu_cache", "exchange_capacity", "n_redundant_experts",
 )  # fmt: skip
 _PUBLISHED_FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in _OURS)
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}

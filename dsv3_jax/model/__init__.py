@@ -21,6 +21,7 @@ from dsv3_jax.model.deepseek_v3 import (
     param_splits,
     prefill,
     quantize_params,
+    slot_specs,
     split_layers,
 )
 from dsv3_jax.model.params import ParamSpec, compute_dtype, is_fp8, with_masters
@@ -28,5 +29,5 @@ from dsv3_jax.model.params import ParamSpec, compute_dtype, is_fp8, with_masters
 __all__ = [
     "Cache", "Forward", "ParamSpec", "cast_params", "compute_dtype", "count_params", "decode_step",
     "document_starts", "forward", "init_cache", "init_params", "is_fp8", "logits", "param_shardings", "param_specs",
-    "param_splits", "prefill", "quantize_params", "split_layers", "with_masters",
+    "param_splits", "prefill", "quantize_params", "slot_specs", "split_layers", "with_masters",
 ]  # fmt: skip

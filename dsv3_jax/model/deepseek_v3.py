@@ -1,5 +1,6 @@
 """DeepSeek-V3 as pure functions of (config, parameters, tokens)."""
 
+import dataclasses
 import functools
 import typing
 
@@ -103,6 +104,11 @@ class DeepseekV3(nnx.Module):
 
 def param_specs(config: ModelConfig) -> dict:
     """Returns the tree of `ParamSpec`s: what every parameter's shape, logical axes and initializer are."""
+    return declared(DeepseekV3(dataclasses.replace(config, n_redundant_experts=0)))
+
+
+def slot_specs(config: ModelConfig) -> dict:
+    """Returns the tree of `ParamSpec`s of parameters whose experts lie in slots, redundant ones among them."""
     return declared(DeepseekV3(config))
 
 
@@ -195,6 +201,7 @@ def prefill(
     """Reads prompts into an empty cache.
 
     Args:
+      params: as for `forward`, or with experts in slots, as `slot_specs` declares them.
       tokens_BT: prompts, padded on the right with any id.
       lengths_B: real tokens of each row, at least 1.
       cache: from `init_cache`, with room for T tokens.
@@ -238,11 +245,11 @@ def decode_step(config: ModelConfig, params: dict, tokens_B: jax.Array, cache: C
     """Continues every row by one token; returns float32 logits [B, V] and the longer cache.
 
     Args:
-      params: tree of `param_specs`, or what `split_layers` made of it.
+      params: as for `prefill`, or what `split_layers` made of them.
       tokens_B: int32.
       cache: with room for one more token.
     """
-    params = quantize_params(config, params)
+    config, params = _declared_as(config, params), quantize_params(config, params)
     cosines, sines = rope.rotation(config, cache.lengths_B[:, None])
     layers = [(name, layer) for name in ("dense_layers", "moe_layers") for layer in _layers(params.get(name, ()))]
     ends = {name: value for name, value in params.items() if not name.endswith("_layers")}
@@ -293,7 +300,16 @@ def _block_graphdef(config: ModelConfig, *, is_moe: bool) -> nnx.GraphDef:
 
 
 def _bind(config: ModelConfig, params: dict) -> DeepseekV3:
-    return nnx.merge(_graphdef(config), nnx.State(quantize_params(config, params)))
+    return nnx.merge(_graphdef(_declared_as(config, params)), nnx.State(quantize_params(config, params)))
+
+
+def _declared_as(config: ModelConfig, params: dict) -> ModelConfig:
+    """Returns the configuration that declares these parameters: with redundant experts only if experts lie in slots."""
+    layers = params.get("moe_layers")
+    first = layers[0] if isinstance(layers, tuple) else layers
+    if first and "slots_of_expert" in first["mlp"]["experts"]:
+        return config
+    return dataclasses.replace(config, n_redundant_experts=0)
 
 
 def _require_fits(config: ModelConfig, length: int) -> None:

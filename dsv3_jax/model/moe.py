@@ -18,7 +18,8 @@ from dsv3_jax.model.params import Linear, declare
 from dsv3_jax.model.router import balance_loss, route, tokens_per_expert
 from dsv3_jax.sharding.collectives import size
 from dsv3_jax.sharding.expert_exchange import Capacity, ExpertFunctions, plan_capacity, serve
-from dsv3_jax.sharding.mesh import INNER_AXES
+from dsv3_jax.sharding.expert_placement import choose_slots
+from dsv3_jax.sharding.mesh import EXPERT_AXES, INNER_AXES
 
 EXPERTS = ExpertFunctions(experts.forward, experts.encode_gradient, experts.backward)
 FP8_EXPERTS = ExpertFunctions(fp8_experts.forward, fp8_experts.encode_gradient, fp8_experts.backward)
@@ -62,6 +63,9 @@ class MoE(nnx.Module):
     def _run_experts(self, x_BTD, experts_TK, weights_TK) -> tuple[jax.Array, jax.Array]:
         x_TD, has_shared = x_BTD.reshape(-1, x_BTD.shape[-1]), self.config.n_shared_experts > 0
         routing, capacity = (experts_TK, weights_TK), exchange_capacity(self.config, len(x_TD), size)
+        if self.config.n_redundant_experts:
+            first_token = jax.lax.axis_index(EXPERT_AXES) if capacity else 0
+            routing = choose_slots(self.experts.slots_of_expert[...], experts_TK, first_token), weights_TK
         routed = self.experts.gate_up_proj[...], self.experts.down_proj[...]
         if not isinstance(routed[0], Fp8Weight):
             weights = experts.ExpertWeights(*routed)
@@ -79,14 +83,21 @@ class MoE(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The weights of the routed experts' SwiGLU feed-forwards, of this device's experts on a mesh."""
+    """The weights of the routed experts' SwiGLU feed-forwards, of this device's experts on a mesh.
+
+    With redundant experts those of slots, and the slots of every expert, see `sharding.expert_placement`.
+    """
 
     def __init__(self, config: ModelConfig):
-        routed, ffn = ("routed_experts", config.n_routed_experts), ("expert_ffn", config.moe_intermediate_size)
+        num_slots = config.n_routed_experts + config.n_redundant_experts
+        routed, ffn = ("routed_experts", num_slots), ("expert_ffn", config.moe_intermediate_size)
         embed = ("embed", config.hidden_size)
         self.gate_up_proj = declare(routed, embed, (None, 2), ffn, linear=Linear(batch_dims=1))
         after_swiglu = Linear(batch_dims=1, cache_setting="fp8_swiglu_cache")
         self.down_proj = declare(routed, ffn, embed, linear=after_swiglu)
+        if config.n_redundant_experts:
+            scored = ("router_outputs", config.n_routed_experts)
+            self.slots_of_expert = declare(scored, (None, 1 + config.n_redundant_experts), init="zeros")
 
 
 def exchange_capacity(config: ModelConfig, num_tokens: int, size_of: Callable) -> Capacity | None:
@@ -98,7 +109,7 @@ def exchange_capacity(config: ModelConfig, num_tokens: int, size_of: Callable) -
     return plan_capacity(
         num_tokens=num_tokens,
         top_k=config.num_experts_per_tok,
-        num_experts=config.n_routed_experts,
+        num_experts=config.n_routed_experts + config.n_redundant_experts,
         n_group=config.n_group,
         topk_group=config.topk_group,
         num_nodes=size_of("node"),

@@ -45,8 +45,12 @@ class Work:
         if self.num_rows is not None:
             yield (*BATCH_AXES, "tensor"), self.num_rows, "rows"
         if model.num_moe_layers or model.num_nextn_predict_layers:
-            yield ("node",), model.n_group, "model.n_group (a group of experts lives in one node)"
-            yield EXPERT_AXES, model.n_routed_experts, "model.n_routed_experts"
+            if model.n_redundant_experts:  # experts lie in slots, in the order of their placement
+                slots = model.n_routed_experts + model.n_redundant_experts
+                yield EXPERT_AXES, slots, "model.n_routed_experts + n_redundant_experts"
+            else:
+                yield ("node",), model.n_group, "model.n_group (a group of experts lives in one node)"
+                yield EXPERT_AXES, model.n_routed_experts, "model.n_routed_experts"
 
     def _fp8_obstacle(self, tensor: int) -> str:
         """Says which weight's parts would not be whole 128x128 blocks, so that a mesh would not round as one device."""

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from dsv3_jax.config import RunConfig
+from dsv3_jax.config import RunConfig, require
 from dsv3_jax.model import param_splits, quantize_params, with_masters
 from dsv3_jax.sharding.collectives import max_over, sum_over
 from dsv3_jax.sharding.mesh import AXES, Work, check_mesh
@@ -55,7 +55,13 @@ def make_train_step(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainStep:
 
 
 def training_work(config: RunConfig) -> Work:
-    """Returns what a mesh has to split evenly for a training step."""
+    """Returns what a mesh has to split evenly for a training step.
+
+    Raises:
+      ValueError: redundant experts, which only serving has.
+    """
+    require(config.model.n_redundant_experts == 0, "model.n_redundant_experts", config.model.n_redundant_experts,
+            "is for prefill and decoding; train with 0")  # fmt: skip
     return Work(config.model, config.data.sequence_length, num_sequences=config.train.rows_per_pass)
 
 

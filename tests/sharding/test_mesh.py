@@ -91,6 +91,13 @@ def test_a_mesh_that_does_not_divide_the_network_is_refused(axes, obstacle):
         check_mesh(Work(NETWORK, sequence_length=4000, num_sequences=32), _mesh(**axes))
 
 
+def test_slots_of_redundant_experts_spread_where_experts_and_groups_do_not():
+    served = dataclasses.replace(NETWORK, num_nextn_predict_layers=0, n_redundant_experts=64)
+    check_mesh(Work(served, num_rows=640), _mesh(node=40, gpu=2, tensor=4))
+    with pytest.raises(ValueError, match=r"node·gpu·tensor=256: .*n_routed_experts \+ n_redundant_experts=320; .*use"):
+        check_mesh(Work(served, num_rows=512), _mesh(gpu=128, tensor=2))
+
+
 def test_fp8_parts_are_whole_blocks():
     work = Work(dataclasses.replace(NETWORK, precision="fp8", num_attention_heads=8, v_head_dim=64))
     check_mesh(work, _mesh(tensor=2))

@@ -11,7 +11,7 @@ from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.train.ema import init_ema, update_ema
 from dsv3_jax.train.schedule import StepSettings
 from dsv3_jax.train.state import init_state
-from dsv3_jax.train.step import make_train_step, move_correction_biases, split_batch
+from dsv3_jax.train.step import make_train_step, move_correction_biases, split_batch, training_work
 
 BATCH = np.random.default_rng(0).integers(0, 61, (4, 13)).astype(np.int32)
 SETTINGS = StepSettings(learning_rate=0.01, batch_size=4, mtp_loss_weight=0.3, bias_update_speed=0.5)
@@ -165,3 +165,9 @@ def test_a_pass_must_spread_over_the_devices(micro):
     mesh = jax.sharding.AbstractMesh((1, 1, 1, 3, 1), ("pipe", "replica", "node", "gpu", "tensor"))
     with pytest.raises(ValueError, match=r"mesh.replica·node·gpu=3: does not divide sequences of a pass=4"):
         make_train_step(micro, mesh)
+
+
+def test_redundant_experts_are_refused(micro):
+    config = override(micro, {"model.num_nextn_predict_layers": 0, "model.n_redundant_experts": 2})
+    with pytest.raises(ValueError, match=r"model.n_redundant_experts=2: .*train with 0"):
+        training_work(config)
