@@ -46,6 +46,8 @@ def main() -> None:
         if OUTPUT.value:  # after every plan: a later one may fail
             report.write_json(plans, f"{OUTPUT.value}.json")
             report.write_plot(plans, f"{OUTPUT.value}.png")
+    if len(plans) > 1:
+        report.show_all(plans)
     if not all(plan.fits for plan in plans):
         sys.exit(2)
 

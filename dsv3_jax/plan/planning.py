@@ -13,7 +13,8 @@ from dsv3_jax.plan import flops, memory, programs, roofline, serving, traffic
 from dsv3_jax.plan.compilation import compile_program
 from dsv3_jax.plan.hardware import Hardware
 
-_IN_LAYERS = (memory.WEIGHTS, memory.GRADIENTS)  # what pipeline stages divide among them
+_IN_LAYERS = (memory.WEIGHTS, memory.GRADIENTS)  # what FSDP and pipeline stages divide
+_STATE = (memory.MASTERS, memory.MOMENTS)  # what ZeRO divides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Plan:
     program: str
     work: str
     mesh: dict[str, int]  # devices along each axis
+    is_fsdp: bool
     hardware: Hardware
     tokens: int  # all devices together
     memory: dict[str, int]  # bytes at the peak, by kind
@@ -57,11 +59,41 @@ class Plan:
         return roofline.least_seconds(self.busy_seconds)[1]
 
     @property
+    def least_with_fsdp(self) -> int | None:
+        """The bytes that FSDP would need at least: of weights and gradients only this device's parts remain.
+
+        Besides, it needs those of a layer or two at a time, and of what is in no layer. None where it would change
+        nothing: outside of training, and where it is on.
+        """
+        if self.program != "train" or self.is_fsdp:
+            return None
+        gradient_parts = self.memory.get(memory.MASTERS, 0)  # float32 as well
+        return self.peak_memory - self._sum(_IN_LAYERS) + gradient_parts
+
+    @property
+    def devices_to_fit(self) -> int | None:
+        """Devices, by further replicas, over which ZeRO would divide master weights and moments enough.
+
+        None if they could not, or need not.
+        """
+        per_replica = self.num_devices // self.mesh["replica"]
+        room = self.usable_memory - (self.peak_memory - self._sum(_STATE))
+        if self.fits or room <= 0:
+            return None
+        return per_replica * math.ceil(self._sum(_STATE) * self.mesh["replica"] / room)
+
+    @property
     def stages_to_fit(self) -> int | None:
-        """Pipeline stages that would divide weights and gradients enough; None if they could not, or need not."""
-        in_layers = sum(self.memory.get(kind, 0) for kind in _IN_LAYERS)
+        """Pipeline stages that would divide weights and gradients enough; None if they could not, or need not.
+
+        Kept activations stay: a stage has fewer layers and, to be busy, as many more passes under way.
+        """
+        in_layers = self._sum(_IN_LAYERS)
         room = self.usable_memory - (self.peak_memory - in_layers)
         return None if self.fits or room <= 0 else math.ceil(in_layers / room)
+
+    def _sum(self, kinds: tuple[str, ...]) -> int:
+        return sum(self.memory.get(kind, 0) for kind in kinds)
 
 
 PROGRAMS = {"train": programs.train, "prefill": serving.prefill, "decode": serving.decode}
@@ -110,6 +142,7 @@ def make_plan(
         program=program,
         work=traced_program.work,
         mesh=dict(mesh.shape),
+        is_fsdp=config.mesh.fsdp,
         hardware=hardware,
         tokens=traced_program.tokens,
         memory=peak.by_kind,

@@ -14,6 +14,7 @@ PLAN = Plan(
     program="train",
     work="one step",
     mesh={"pipe": 1, "replica": 1, "node": 8, "gpu": 8, "tensor": 1},
+    is_fsdp=False,
     hardware=hardware.HARDWARE["h200"],
     tokens=64_000,
     memory={memory.MASTERS: 20 * GB, memory.WEIGHTS: 30 * GB, memory.GRADIENTS: 50 * GB, memory.TEMPORARIES: 10 * GB},
@@ -37,7 +38,7 @@ def test_plan_that_fits_says_of_how_much_and_what_takes_longest():
 
 
 def test_plan_that_does_not_fit_says_by_how_much_what_is_largest_and_what_a_pipeline_must_save():
-    over, pipeline, *_ = report.verdict(TOO_LARGE)
+    over, _, pipeline, *_ = report.verdict(TOO_LARGE)
     assert "110 GB, 40.0 GB more than 70.0 GB" in over and "gradients 50.0 GB, weights as computed with 30.0 GB" in over
     assert "save 40.0 GB" in pipeline and "2 or more stages" in pipeline
 
@@ -48,6 +49,26 @@ def test_stages_leave_room_for_what_they_do_not_divide(usable, stages):
     assert dataclasses.replace(PLAN, usable_memory=usable * GB).stages_to_fit == stages
 
 
+@pytest.mark.parametrize(
+    ("usable", "devices"), [(110, None), (109, 128), (100, 128), (99, 192), (91, 1280), (90, None)]
+)
+def test_further_replicas_leave_room_for_what_zero_does_not_divide(usable, devices):
+    """90 GB are not divided; 20 GB on each of 64 devices are."""
+    assert dataclasses.replace(PLAN, usable_memory=usable * GB).devices_to_fit == devices
+
+
+def test_fsdp_is_said_to_keep_parts_of_gradients_for_weights_and_gradients():
+    """30 and 50 GB become 20 GB, as much as the master weights, which are float32 as well."""
+    assert PLAN.least_with_fsdp == 50 * GB
+    assert "would need at least 50.0 GB: plan it" in report.verdict(TOO_LARGE)[1]
+    assert "it would not fit either" in report.verdict(dataclasses.replace(PLAN, usable_memory=49 * GB))[1]
+
+
+@pytest.mark.parametrize("changed", [{"is_fsdp": True}, {"program": "decode"}])
+def test_fsdp_is_proposed_only_where_it_changes_something(changed):
+    assert not any("fsdp" in line for line in report.verdict(dataclasses.replace(TOO_LARGE, **changed)))
+
+
 def test_json_and_plot_hold_every_plan(tmp_path):
     report.write_json([PLAN, TOO_LARGE], str(tmp_path / "plan.json"))
     report.write_plot([PLAN, TOO_LARGE], str(tmp_path / "plan.png"))
@@ -55,6 +76,13 @@ def test_json_and_plot_hold_every_plan(tmp_path):
     assert (first["fits"], second["fits"], second["stages_to_fit"]) == (True, False, 2)
     assert first["collectives"][0]["axes"] == ["node"] and first["peak_memory"] == 110 * GB
     assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_several_plans_end_in_a_line_for_each(capsys):
+    report.show_all([PLAN, dataclasses.replace(TOO_LARGE, is_fsdp=True)])
+    first, second = [line for line in capsys.readouterr().out.splitlines() if "8 node x 8 gpu" in line]
+    assert "yes" in first and "146 GB" in first and "990" in first
+    assert "no" in second and "FSDP" in second
 
 
 def test_table_shows_kinds_resources_and_collectives(capsys):
