@@ -32,7 +32,6 @@ from dsv3_jax.train.step import as_scalars, lower_train_step, split_batch
 
 WARMUP_STEPS, STEPS, TRACED_STEPS = 2, 5, 2
 OPTIONS = {"": {}, ", synchronous": {"xla_gpu_disable_async_collectives": "ALLCOLLECTIVES"}}  # of XLA
-SENDS = ("all_to_all", "all_gather", "ppermute")  # what tokens travel by; inside the loop over layers nothing else does
 SHOWN_KERNELS = 12  # of those beside the exchange
 
 
@@ -40,7 +39,8 @@ def expert_parallel_rows(workload_name: str, *, precisions: Sequence[str] | None
     """Measures the workload on one device and with its experts spread over all, also with nothing beside a collective.
 
     "ms exchange" is the time a device's kernels send tokens or wait for them, "hidden" the share of it during which the
-    device computed. Further rows list the collectives, and the kernels that ran beside the exchange.
+    device computed. Further rows list the collectives, what every part of the network computes, and the kernels that ran
+    beside the exchange.
 
     Args:
       workload_name: of `networks.WORKLOADS`.
@@ -80,6 +80,8 @@ def step_rows(workload: Workload, case: str, results: dict[str, dict]) -> list[R
                          "ms a step": of_kernel.exchange_s * 1e3, "hidden": of_kernel.hidden_share}
                         for kernel, count, *overlap in result["by_collective"]
                         for of_kernel in [traces.Overlap(*overlap)]]  # fmt: skip
+            kernels += [{"case": f"{case}, {name}: compute", "implementation": part, "ms a step": seconds * 1e3}
+                        for part, seconds in result["by_part"]]  # fmt: skip
             kernels += [{"case": f"{case}, {name}: beside the exchange", "implementation": kernel[:80],
                          "ms a step": seconds * 1e3} for kernel, seconds in result["beside"]]  # fmt: skip
         rows.append(row)
@@ -161,18 +163,21 @@ def summarize(kernels: list[traces.Kernel], names: dict[str, str], *, num_steps:
 
     Returns:
       exchange and collectives: `traces.Overlap` of the experts' exchange and of all collectives. by_collective: a list
-      of [kernel and the operation it comes from, times, *`traces.Overlap`]. beside: a list of [kernel, seconds] of what
-      ran longest during the exchange.
+      of [kernel with the part and the operation it comes from, times, *`traces.Overlap`]. by_part: a list of [part of
+      the network, seconds of its kernels that are no collectives]. beside: a list of [kernel, seconds] of what ran
+      longest during the exchange.
     """
 
     def is_exchange(kernel: traces.Kernel) -> bool:
+        return traces.is_collective(kernel) and traces.part(names.get(kernel.operation, "")) in traces.EXCHANGE
+
+    def part(kernel: traces.Kernel) -> str:
         path = names.get(kernel.operation, "")
-        return traces.is_collective(kernel) and "while/body" in path and path.endswith(SENDS)
+        return (traces.part(path) or "other") + (", backward" if traces.is_backward(path) else "")
 
     def label(kernel: traces.Kernel) -> str:
         path = names.get(kernel.operation, kernel.operation)
-        where = "layers: " if "while/body" in path else ""
-        return f"{kernel.name.split('(')[0]} ({where}{path.rsplit('/', 1)[-1]})"
+        return f"{kernel.name.split('(')[0]} ({part(kernel)}: {path.rsplit('/', 1)[-1].rstrip(')')})"
 
     num_devices = len({kernel.device for kernel in kernels})
 
@@ -185,11 +190,16 @@ def summarize(kernels: list[traces.Kernel], names: dict[str, str], *, num_steps:
         [name, count / num_devices / num_steps, *average(lambda kernel, name=name: label(kernel) == name)]
         for name, count in labels.items()
     ]
+    seconds = collections.Counter()
+    for kernel in kernels:
+        if not traces.is_collective(kernel):
+            seconds[part(kernel)] += (kernel.end_s - kernel.start_s) / num_devices / num_steps
     beside = traces.beside(kernels, is_exchange, top=SHOWN_KERNELS)
     return {
         "exchange": average(is_exchange),
         "collectives": average(traces.is_collective),
         "by_collective": sorted(by_collective, key=lambda row: -row[2]),
+        "by_part": [list(item) for item in seconds.most_common()],
         "beside": [[name, seconds / num_devices / num_steps] for name, seconds in beside],
     }
 

@@ -14,6 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 TRACE_FILE = "perfetto_trace.json.gz"
+# The parts of a network and its training, as `jax.named_scope` names them in the metadata of compiled programs.
+EXCHANGE = ("expert_exchange/dispatch", "expert_exchange/combine")
+PARTS = (*EXCHANGE, "experts", "shared_experts", "router", "attention", "feed_forward", "mtp", "loss", "gather_weights",
+         "sum_gradients", "optimizer", "metrics")  # fmt: skip
+PART = re.compile(rf"(?:.*[/(:])?({'|'.join(PARTS)})(?=[/):]|$)")
 INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*\bmetadata=\{[^}]*?op_name="([^"]*)"', re.MULTILINE)
 
 
@@ -85,6 +90,17 @@ def is_collective(kernel: Kernel) -> bool:
 def operation_names(hlo_text: str) -> dict[str, str]:
     """Returns where each instruction of a compiled program comes from: its `op_name`, a path of traced functions."""
     return dict(INSTRUCTION.findall(hlo_text))
+
+
+def part(path: str) -> str:
+    """Returns which of PARTS an instruction's `op_name` names innermost; empty where it names none."""
+    match = PART.match(path)
+    return match.group(1) if match else ""
+
+
+def is_backward(path: str) -> bool:
+    """Tells by an instruction's `op_name` whether it belongs to the backward pass, what is computed again included."""
+    return "transpose(" in path
 
 
 def overlap(kernels: Sequence[Kernel], is_exchange: Callable[[Kernel], bool]) -> dict[str, Overlap]:

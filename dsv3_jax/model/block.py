@@ -47,20 +47,24 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, cosines, sines, first_key_BT=None) -> tuple[jax.Array, jax.Array, MoEStatistics | None]:
         """Returns the block's output, the latents that a cache keeps, and the routing of a MoE block."""
-        attended, cached_BTZ = self.self_attn(self._norm(x_BTD, self.input_layernorm), cosines, sines, first_key_BT)
+        normed = self._norm(x_BTD, self.input_layernorm)
+        with jax.named_scope("attention"):
+            attended, cached_BTZ = self.self_attn(normed, cosines, sines, first_key_BT)
         y_BTD, statistics = self._feed_forward(x_BTD + attended, token_dim=1)
         return y_BTD, cached_BTZ, statistics
 
     def decode(self, x_BTD, cosines, sines, cache_BSZ, lengths_B) -> tuple[jax.Array, jax.Array]:
         """Returns the output of new tokens and the cache with them in it."""
         normed = self._norm(x_BTD, self.input_layernorm)
-        attended, cache_BSZ = self.self_attn.decode(normed, cosines, sines, cache_BSZ, lengths_B)
+        with jax.named_scope("attention"):
+            attended, cache_BSZ = self.self_attn.decode(normed, cosines, sines, cache_BSZ, lengths_B)
         return self._feed_forward(x_BTD + attended, token_dim=0)[0], cache_BSZ
 
     def _feed_forward(self, x_BTD, token_dim: int) -> tuple[jax.Array, MoEStatistics | None]:
         normed = self._norm(x_BTD, self.post_attention_layernorm)
         if not self.is_moe:
-            return x_BTD + scatter_tokens(self.mlp(normed.gather(token_dim)), token_dim), None
+            with jax.named_scope("feed_forward"):
+                return x_BTD + scatter_tokens(self.mlp(normed.gather(token_dim)), token_dim), None
         y_BTD, statistics = self.mlp(normed)
         return x_BTD + y_BTD, statistics
 

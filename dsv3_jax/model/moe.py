@@ -71,14 +71,18 @@ class MoE(nnx.Module):
             weights = experts.ExpertWeights(*routed)
             y_TD, further_rounds = serve(EXPERTS, x_TD, x_TD, *routing, weights, capacity=capacity)
             y_BTD = y_TD.reshape(x_BTD.shape)
-            return (y_BTD + self.shared_experts(x_BTD) if has_shared else y_BTD), further_rounds
+            if has_shared:
+                with jax.named_scope("shared_experts"):
+                    y_BTD += self.shared_experts(x_BTD)
+            return y_BTD, further_rounds
         # Quantized once for all that read it; routed experts keep it in E4M3 whatever model.fp8_input_cache says.
         quantized = quantize_rows(pad_rows(jax.lax.stop_gradient(x_TD)))
         payload = fp8_experts.pack(quantized, x_TD)
         weights = FeedForwardWeights(*routed)
         y_TD, further_rounds = serve(FP8_EXPERTS, x_TD, payload, *routing, weights, capacity=capacity)
         if has_shared:
-            y_TD += feed_forward(x_TD, self.shared_experts.weights(), quantized=quantized)
+            with jax.named_scope("shared_experts"):
+                y_TD += feed_forward(x_TD, self.shared_experts.weights(), quantized=quantized)
         return y_TD.reshape(x_BTD.shape), further_rounds
 
 

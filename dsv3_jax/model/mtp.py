@@ -59,7 +59,9 @@ def scan_modules(
         h_BTD, embedded_BTD = carry
         layer = gather_layer(modules.config, MTPModule(modules.config), layer)
         h_BTD, _, statistics = nnx.merge(graphdef, layer)(h_BTD, embedded_BTD, cosines, sines, first_key_BT)
-        return (h_BTD, roll_sequence(embedded_BTD)), (h_BTD, statistics)
+        with jax.named_scope("mtp"):
+            embedded_BTD = roll_sequence(embedded_BTD)
+        return (h_BTD, embedded_BTD), (h_BTD, statistics)
 
     run_module = remat(run_module, modules.config.remat_policy)
     return jax.lax.scan(run_module, (h_BTD, next_embedded_BTD), layers)[1]

@@ -18,6 +18,7 @@ class Routing(typing.NamedTuple):
     scores_TE: jax.Array  # float32 affinities, without bias
 
 
+@jax.named_scope("router")
 def route(config: ModelConfig, gate_DE: jax.Array, bias_E: jax.Array, x_TD: jax.Array) -> Routing:
     """Chooses each token's experts and weighs them, all in float32 (eqs. 12-16).
 
@@ -53,6 +54,7 @@ def tokens_per_expert(experts_TK: jax.Array, num_experts: int) -> jax.Array:
     return jnp.zeros(num_experts, jnp.int32).at[experts_TK.reshape(-1)].add(1)
 
 
+@jax.named_scope("router")
 def balance_loss(config: ModelConfig, scores_BTE: jax.Array) -> jax.Array:
     """Returns the sequence-wise balance loss without its factor alpha, averaged over sequences (eqs. 17-20).
 

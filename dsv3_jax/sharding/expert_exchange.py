@@ -39,6 +39,8 @@ NODE_AXES = ("node",)
 # Checkpoint names. A policy that saves both spares the backward pass to send the tokens again.
 ROUTES_NAME = "expert_routes"  # small: what sends gradients the same ways
 ROWS_NAME = "expert_rows"  # what arrived: `Capacity.received_rows` rows of the payload
+# Names of the parts in the metadata of compiled programs and in traces.
+DISPATCH_SCOPE, COMBINE_SCOPE, EXPERTS_SCOPE = "expert_exchange/dispatch", "expert_exchange/combine", "experts"
 
 
 class ExpertFunctions(NamedTuple):
@@ -117,15 +119,15 @@ def _serve(functions, capacity, x_TD, payload, experts_TK, weights_TK, params) -
 def _serve_forward(functions, capacity, x_TD, payload, experts_TK, weights_TK, params):
     tokens = Tokens(experts_TK, weights_TK, payload)
     if capacity is None:
-        y_TD, kept = functions.forward(payload, experts_TK, weights_TK, params, experts_TK.size)
+        y_TD, kept = _run_experts(functions.forward, payload, experts_TK, weights_TK, params, experts_TK.size)
         return (y_TD, jnp.int32(0)), (kept, (), None, params)
     received, hops, waiting_TN = dispatch(tokens, copies_to_send(experts_TK, capacity), capacity)
-    y_RD, kept = functions.forward(*_arguments(received), params, capacity.max_choices)
+    y_RD, kept = _run_experts(functions.forward, *_arguments(received), params, capacity.max_choices)
     y_TD = combine(y_RD, hops).astype(y_RD.dtype)
 
     def run_round(waiting_TN, y_TD):
         received, hops, waiting_TN = dispatch(tokens, waiting_TN, capacity)
-        y_RD, _ = functions.forward(*_arguments(received), params, capacity.max_choices)
+        y_RD, _ = _run_experts(functions.forward, *_arguments(received), params, capacity.max_choices)
         return waiting_TN, _add(y_TD, combine(y_RD, hops))
 
     y_TD, further_rounds = _run_further_rounds(run_round, waiting_TN, y_TD, capacity)
@@ -136,7 +138,7 @@ def _serve_backward(functions, capacity, residuals, cotangents):
     kept, hops, tokens, params = residuals
     dy_TD, _ = cotangents
     gradient = functions.encode_gradient(dy_TD)
-    dx, dweights, dparams = functions.backward(kept, send(gradient, hops), params)
+    dx, dweights, dparams = _run_experts(functions.backward, kept, send(gradient, hops), params)
     if capacity is None:
         return dx, None, None, dweights, dparams
     dx_TD, dweights_TK = combine((dx, dweights), hops)
@@ -147,8 +149,8 @@ def _serve_backward(functions, capacity, residuals, cotangents):
         received, hops, waiting_TN = dispatch(both, waiting_TN, capacity)
         payload, gradient_rows = received.payload
         arguments = _arguments(received._replace(payload=payload))
-        _, kept = functions.forward(*arguments, params, capacity.max_choices)
-        *dtokens, dparams = functions.backward(kept, gradient_rows, params)
+        _, kept = _run_experts(functions.forward, *arguments, params, capacity.max_choices)
+        *dtokens, dparams = _run_experts(functions.backward, kept, gradient_rows, params)
         return waiting_TN, jax.tree.map(_add, gradients, (*combine(tuple(dtokens), hops), dparams))
 
     if not capacity.is_always_enough:
@@ -173,6 +175,7 @@ def _run_further_rounds(
     if capacity.is_always_enough:
         return totals, jnp.int32(0)
 
+    @jax.named_scope(DISPATCH_SCOPE)
     def count(waiting_TN):
         return collectives.sum_over(jnp.sum(waiting_TN, dtype=jnp.int32), EXPERT_AXES)
 
@@ -185,6 +188,12 @@ def _run_further_rounds(
     return jax.lax.while_loop(lambda carry: carry[0] > 0, run, start)[2:]
 
 
+@jax.named_scope(EXPERTS_SCOPE)
+def _run_experts(function: Callable, *arguments) -> Any:
+    return function(*arguments)
+
+
+@jax.named_scope(DISPATCH_SCOPE)
 def dispatch(tokens: Tokens, waiting_TN: jax.Array, capacity: Capacity) -> tuple[Tokens, tuple[Hop, ...], jax.Array]:
     """Sends the copies of one round.
 
@@ -223,6 +232,7 @@ def dispatch(tokens: Tokens, waiting_TN: jax.Array, capacity: Capacity) -> tuple
     return Tokens(experts_RK, weights_RK, payload), hops, waiting_TN & ~sent_TN
 
 
+@jax.named_scope(DISPATCH_SCOPE)
 def send(rows: Any, hops: tuple[Hop, ...]) -> Any:
     """Sends a tree of arrays [T, ...] the ways that `dispatch` found; returns [R, ...], zeros in empty rows."""
     carrier, read = _load(rows, is_packed=any(hop.row_of_slot_S is not None for hop in hops))
@@ -231,6 +241,7 @@ def send(rows: Any, hops: tuple[Hop, ...]) -> Any:
     return read(carrier)
 
 
+@jax.named_scope(COMBINE_SCOPE)
 def combine(rows: Any, hops: tuple[Hop, ...]) -> Any:
     """Sends a tree of arrays [R, ...] back and sums what belongs to one token: [T, ...] in float32.
 

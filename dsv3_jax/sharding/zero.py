@@ -45,6 +45,7 @@ class Part:
     array: jax.Array
     splits: tuple[tuple[int, tuple[str, ...]], ...]  # see `Split.further`; holds for a layer of a stack as well
 
+    @jax.named_scope("gather_weights")
     def gather(self) -> jax.Array:
         """Joins the parts of all devices; the gradient is summed over them and split again."""
         whole = self.array

@@ -70,6 +70,7 @@ def training_loss(
     return total, (Losses(total, main, mtp, balance), Routing(output.tokens_per_expert, output.further_rounds))
 
 
+@jax.named_scope("loss")
 def mean_cross_entropy(h_BtD: jax.Array, *, head_DV: jax.Array, targets_BT: jax.Array, chunk_tokens: int,
                        offset: int = 0, starts_BT1: jax.Array | None = None) -> jax.Array:  # fmt: skip
     """Returns -1/(B·T) · Σ log P(target), where position i predicts targets[i + offset].

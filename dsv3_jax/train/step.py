@@ -121,10 +121,12 @@ def _device_share(
 
     gradient = jax.grad(loss_of_masters, has_aux=True)
     grads, losses, routing = _sum_over_passes(gradient, params, tokens_ABT, scalars["num_passes"])
-    grads = jax.tree.map(reduce_gradient, grads, splits, is_leaf=is_part)
-    losses = jax.tree.map(lambda value: sum_over(value / scalars["num_passes"], AXES), losses)
-    rounds = max_over(routing.further_rounds, AXES)  # of replicas, which exchange each by themselves
-    return grads, losses, Routing(sum_over(routing.tokens_per_expert, AXES), rounds)
+    with jax.named_scope("sum_gradients"):
+        grads = jax.tree.map(reduce_gradient, grads, splits, is_leaf=is_part)
+    with jax.named_scope("metrics"):
+        losses = jax.tree.map(lambda value: sum_over(value / scalars["num_passes"], AXES), losses)
+        rounds = max_over(routing.further_rounds, AXES)  # of replicas, which exchange each by themselves
+        return grads, losses, Routing(sum_over(routing.tokens_per_expert, AXES), rounds)
 
 
 def as_scalars(config: RunConfig, settings: StepSettings) -> dict:
@@ -141,6 +143,7 @@ def split_batch(config: RunConfig, tokens_BT: np.ndarray) -> np.ndarray:
     return np.pad(tokens_ABT, ((0, unused), (0, 0), (0, 0))) if unused else tokens_ABT
 
 
+@jax.named_scope("optimizer")
 def update_state(config: RunConfig, state: TrainState, grads: dict, losses: Losses, routing: Routing,
                  scalars: dict) -> tuple[TrainState, dict]:  # fmt: skip
     """Applies the summed gradients of a batch, unless the step is bad; returns the state and the step's metrics."""

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -118,3 +121,34 @@ def test_instructions_know_the_functions_they_were_traced_in():
   %w = f32[] negate(%z)
 """
     assert traces.operation_names(text) == {"all-to-all-start.1": "jit(f)/all_to_all", "y": "jit(f)/neg"}
+
+
+@pytest.mark.parametrize(
+    ("path", "part", "is_backward"),
+    [
+        ("jit(step)/shard_map/while/body/jvp()/while/body/closed_call/expert_exchange/dispatch/all_to_all",
+         "expert_exchange/dispatch", False),
+        ("jit(step)/transpose(jvp(attention))/experts/dot_general", "experts", True),
+        ("jit(step)/transpose(jvp())/shared_experts/mul", "shared_experts", True),
+        ("jit(step)/(while/body/router/psum:while/body/optimizer/psum)", "optimizer", False),
+        ("jit(step)/optimizer", "optimizer", False),
+        ("jit(step)/my_optimizer/optimizers", "", False),
+        ("", "", False),
+    ],
+)  # fmt: skip
+def test_the_innermost_part_is_read_from_a_path(path, part, is_backward):
+    assert (traces.part(path), traces.is_backward(path)) == (part, is_backward)
+
+
+def test_collectives_of_a_compiled_step_say_what_part_they_belong_to():
+    """On eight devices along three axes, with rounds of the exchange in both passes and an MTP module."""
+    script = pathlib.Path(__file__).with_name("collectives_of_a_step.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {(kind, traces.part(path), traces.is_backward(path)) for kind, path in json.loads(done.stdout)}
+    assert all(part for _, part, _ in found), found
+    exchanging = {(part, is_backward) for part in traces.EXCHANGE for is_backward in (False, True)}
+    assert {(part, is_backward) for kind, part, is_backward in found if kind == "all-to-all"} == exchanging
+    parts = {(kind, part) for kind, part, _ in found}
+    assert {("reduce-scatter", "sum_gradients"), ("all-gather", "gather_weights"), ("all-reduce", "optimizer"),
+            ("all-gather", "attention"), ("collective-permute", "mtp")} <= parts  # fmt: skip
