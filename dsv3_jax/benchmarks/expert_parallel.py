@@ -39,8 +39,8 @@ def expert_parallel_rows(workload_name: str, *, precisions: Sequence[str] | None
     """Measures the workload on one device and with its experts spread over all, also with nothing beside a collective.
 
     "ms exchange" is the time a device's kernels send tokens or wait for them, "hidden" the share of it during which the
-    device computed. Further rows list the collectives, what every part of the network computes, and the kernels that ran
-    beside the exchange.
+    device computed. Further rows list the collectives, what every part of the network computes, and the kernels beside
+    the exchange.
 
     Args:
       workload_name: of `networks.WORKLOADS`.
