@@ -15,6 +15,7 @@ from dsv3_jax.testing.networks import random_tokens, small_config, telling_param
 
 BATCH, LENGTH, NUM_NEW = 24, 8, 2
 # Axes, and slots besides one for each of the 16 experts; 3 nodes of 2 divide neither experts nor groups, only slots.
+# FP8, in whose reference products are slow, tries the first two and one placement: slots are the same for all weights.
 MESHES = (
     ({"gpu": 1, "tensor": 4}, 0),
     ({"node": 2, "gpu": 2, "tensor": 2}, 8),
@@ -103,11 +104,12 @@ def main(precision: str) -> None:
     lengths_B = jnp.asarray(np.random.default_rng(3).integers(1, LENGTH + 1, BATCH), jnp.int32)
     requests = tokens_BT, lengths_B, tokens_BN
     expected = [serve_alone(network_, params, *requests) for params in (spread, all_to_one)]
-    for axes, redundant in MESHES:
+    for axes, redundant in MESHES[:2] if precision == "fp8" else MESHES:
         config = dataclasses.replace(network_, n_redundant_experts=redundant)
         programs = Programs(config, axes)
         for params, wanted in zip((spread, all_to_one), expected, strict=True):
-            for index, placement in enumerate(placements(config, programs.mesh)):
+            chosen = placements(config, programs.mesh)
+            for index, placement in enumerate(chosen[:1] if precision == "fp8" else chosen):
                 found = programs.serve(params, placement, *requests)
                 check(found, wanted, TOLERANCES[precision], (axes, index))
 
