@@ -7,8 +7,9 @@
 
 The kernel suites need a Hopper GPU. On CPU the whole-step suites run a 108M network; on a GPU three layers at
 DeepSeek-V3's width, which needs 110 GB. accumulation runs everywhere, and measures its kernels on a GPU. "all" is every
-suite but decode, loader, exchange and expert_parallel, about 6 minutes on an H200; the last two need several devices of
-one host. The peers need the `parity` extra.
+suite but decode, loader, memory, exchange and expert_parallel, about 6 minutes on an H200; the last two need several
+devices of one host. memory holds what launch/plan.py plans for a step against what it takes on the devices that are
+here. The peers need the `parity` extra.
 """
 
 import os
@@ -21,10 +22,10 @@ PEERS = {
     "fp8_matmul": "torch", "fp8_decode": "torch", "fp8_weight_gradient": "torch", "fp8_grouped": "torch",
     "block_quantize": "torch", "grouped_matmul": "torch", "attention": "torch", "accumulation": "torch",
     "exchange": "torch", "expert_parallel": "none", "train_step": "transformers", "decode": "transformers",
-    "loader": "none",
+    "memory": "none", "loader": "none",
 }  # fmt: skip
 SEVERAL_DEVICES = ("exchange", "expert_parallel")
-ALL = [suite for suite in PEERS if suite not in (*SEVERAL_DEVICES, "decode", "loader")]
+ALL = [suite for suite in PEERS if suite not in (*SEVERAL_DEVICES, "decode", "loader", "memory")]
 SUITES = flags.DEFINE_multi_enum("suite", None, [*PEERS, "all"], "what is measured; may be repeated", required=True)
 PEER = flags.DEFINE_enum("peer", "none", ["torch", "transformers", "all", "none"], "what is measured beside it")
 WORKLOAD = flags.DEFINE_enum("workload", None, ["small", "slice"], "network of a whole step; not given: by device")
@@ -83,6 +84,10 @@ def measure(suite: str, *, with_peer: bool) -> list[dict]:
         from dsv3_jax.benchmarks import loader
 
         return loader.loader_rows(workload, corpus_directory=CORPUS.value)
+    if suite == "memory":
+        from dsv3_jax.benchmarks import planned_memory
+
+        return planned_memory.memory_rows(workload, precisions=PRECISIONS.value)
     peer = PEERS[suite] if with_peer else None
     from dsv3_jax.benchmarks import whole_steps
 

@@ -24,7 +24,7 @@ ALLOWED = {
     "language_model": {"train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config"},
     "plan": {"train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config"},
     "benchmarks": {
-        "train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config",
+        "plan", "train", "serve", "checkpoint", "data", "model", "sharding", "fp8", "kernels", "config",
     },
     "config_flags": {"config"},
     "process_flags": {"sharding", "config"},

@@ -8,9 +8,7 @@ import collections
 import dataclasses
 import functools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +17,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from dsv3_jax.benchmarks import traces
+from dsv3_jax.benchmarks import own_process, traces
 from dsv3_jax.benchmarks.networks import WORKLOADS, Workload
 from dsv3_jax.benchmarks.replays import compile_all
 from dsv3_jax.benchmarks.report import Row
@@ -89,18 +87,7 @@ def step_rows(workload: Workload, case: str, results: dict[str, dict]) -> list[R
 
 
 def _measure(workload_name: str, precision: str, num_devices: int) -> dict[str, dict]:
-    """Runs this module and reads the JSON it prints last.
-
-    Raises:
-      ValueError: it failed; the message ends with what it said.
-    """
-    command = [sys.executable, "-m", "dsv3_jax.benchmarks.expert_parallel", workload_name, precision, str(num_devices)]
-    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "PYTHONUNBUFFERED": "1"}
-    environment.pop("XLA_PYTHON_CLIENT_PREALLOCATE", None)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return own_process.run("dsv3_jax.benchmarks.expert_parallel", workload_name, precision, str(num_devices))
 
 
 def time_steps(workload: Workload, precision: str, *, num_devices: int) -> dict[str, dict]:

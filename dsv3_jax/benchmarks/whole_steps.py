@@ -1,11 +1,8 @@
 """Training steps and decoding of the whole network, each implementation in a process of its own."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 
+from dsv3_jax.benchmarks import own_process
 from dsv3_jax.benchmarks.networks import WORKLOADS
 from dsv3_jax.benchmarks.report import Row
 from dsv3_jax.train.flops import train_flops_per_token
@@ -54,15 +51,4 @@ def decode_rows(workload_name: str, *, peer: str | None) -> list[Row]:
 
 
 def _measure(name: str, suite: str, *arguments: str) -> list[dict]:
-    """Runs one implementation and reads the JSON it prints last.
-
-    Raises:
-      ValueError: it failed; the message ends with what it said.
-    """
-    command = [sys.executable, "-m", MODULES[name], suite, *arguments]
-    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "PYTHONUNBUFFERED": "1"}
-    environment.pop("XLA_PYTHON_CLIENT_PREALLOCATE", None)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return own_process.run(MODULES[name], suite, *arguments)
