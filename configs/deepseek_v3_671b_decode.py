@@ -5,8 +5,8 @@ Hardware:  40 nodes x 8 H200; the report: H800.
 Cost:      the least time, bytes and memory are what the command prints.
 Result:    one token for each of 128 sequences per group of 4 GPUs, 10,240 in all, whose caches hold 4096 tokens.
 
-Every GPU has one routed expert: 256, and 64 copies of the busiest, see `serve.on_mesh.balance_experts`. The report
-routes to the shared expert as to a ninth and gives it some of the 64; here it is on every GPU, for its own tokens.
+Every GPU has one routed expert: 256, and 64 copies of the busiest, see `serve.placed_params.balance_experts`. The
+report routes to the shared expert as to a ninth and gives it some of the 64; here it is on every GPU, for its tokens.
 
 Few tokens come from each GPU, so the exchange has room for all of them everywhere: it neither arranges them nor ever
 needs a second round. They cross the network once per node, then NVLink; the report sends them straight to their GPU.

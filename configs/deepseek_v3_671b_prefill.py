@@ -6,7 +6,7 @@ Cost:      the least time, bytes and memory are what the command prints.
 Result:    8 prompts of 4096 tokens at a time, one per group of 4 GPUs.
 
 Every GPU has 9 slots for routed experts: 8, and one of 32 redundant ones, copies of the busiest. Copies stay in their
-expert's node, see `serve.on_mesh.balance_experts`. The shared expert is on every GPU, for its own tokens.
+expert's node, see `serve.placed_params.balance_experts`. The shared expert is on every GPU, for its own tokens.
 """
 
 from dsv3_jax.config import DataConfig, MeshConfig, ModelConfig, RopeScaling, RunConfig, TrainConfig

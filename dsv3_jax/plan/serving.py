@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from dsv3_jax.config import RunConfig
 from dsv3_jax.model import Cache, init_cache
 from dsv3_jax.plan.programs import Program
-from dsv3_jax.serve import on_mesh
+from dsv3_jax.serve import on_mesh, placed_params
 from dsv3_jax.sharding.mesh import num_batch_shards
 from dsv3_jax.sharding.rules import batch_sharding
 
@@ -16,7 +16,7 @@ def prefill(config: RunConfig, mesh: jax.sharding.Mesh, *, rows: int | None) -> 
     length, shards = config.data.sequence_length, num_batch_shards(mesh)
     batch_size = shards * (1 if rows is None else rows)
     step = on_mesh.make_prefill(config.model, mesh, batch_size=batch_size, length=length)
-    params = on_mesh.abstract_params(config.model, mesh, for_decoding=False)
+    params = placed_params.abstract_params(config.model, mesh, for_decoding=False)
     tokens_BT = jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=batch_sharding(mesh))
     lengths_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=batch_sharding(mesh))
     cache = _abstract_cache(config, mesh, batch_size)
@@ -34,7 +34,7 @@ def decode(config: RunConfig, mesh: jax.sharding.Mesh, *, rows: int | None) -> P
     length, shards = config.data.sequence_length, num_batch_shards(mesh)
     batch_size = shards * (mesh.shape["tensor"] if rows is None else rows)
     step = on_mesh.make_decode_step(config.model, mesh, batch_size=batch_size)
-    params = on_mesh.abstract_params(config.model, mesh, for_decoding=True)
+    params = placed_params.abstract_params(config.model, mesh, for_decoding=True)
     tokens_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=batch_sharding(mesh))
     cache = _abstract_cache(config, mesh, batch_size)
     work = f"one token for {batch_size:,} sequences with caches of {length:,} tokens"

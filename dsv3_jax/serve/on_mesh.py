@@ -1,77 +1,15 @@
 """Prefill and decoding on a mesh: one program per device, in the layouts of §3.4."""
 
-import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsv3_jax.config import ModelConfig, require
-from dsv3_jax.fp8.formats import QuantizedArray
-from dsv3_jax.model import (
-    Cache,
-    ParamSpec,
-    cast_params,
-    decode_step,
-    init_cache,
-    is_fp8,
-    param_specs,
-    prefill,
-    slot_specs,
-    split_layers,
-)
-from dsv3_jax.sharding.collectives import size
-from dsv3_jax.sharding.expert_placement import place_experts, slots_of_experts
-from dsv3_jax.sharding.mesh import BATCH_AXES, EXPERT_AXES, INNER_AXES, Work, check_mesh, num_devices
-from dsv3_jax.sharding.rules import batch_spec, per_device, split_param
-from dsv3_jax.sharding.zero import axis_names
-
-
-class Slots(NamedTuple):
-    """A placement of experts in slots, layer by layer, see `sharding.expert_placement`."""
-
-    expert_of_slot_LS: Any  # int32
-    slots_of_expert_LEC: Any  # int32
-
-
-def make_placement(config: ModelConfig, mesh: jax.sharding.Mesh, *, for_decoding: bool) -> Callable:
-    """Builds `place(params, expert_of_slot_LS=None) -> params`: cast for serving, every device with its parts.
-
-    Takes parameters of `param_specs`, any float dtype, and, if there are redundant experts, the expert of every slot of
-    every MoE layer, such as `balance_experts` returns; another placement needs no other program. Devices exchange one
-    layer's experts at a time. For decoding, stacks of layers become tuples of layers.
-
-    `place` raises ValueError for a placement without redundant experts or none with them, of other numbers of layers or
-    slots, or without every expert.
-    """
-    run = _jit_placement(config, mesh, for_decoding=for_decoding)
-
-    def place(params: dict, expert_of_slot_LS: np.ndarray | None = None) -> dict:
-        return run(params, _require_slots(config, expert_of_slot_LS))
-
-    return place
-
-
-def balance_experts(config: ModelConfig, mesh: jax.sharding.Mesh, tokens_per_expert_LE: np.ndarray) -> np.ndarray:
-    """Returns a placement for observed loads: the expert of every slot, int32 [L, S].
-
-    Args:
-      tokens_per_expert_LE: of the MoE layers, as `model.forward` counts them, summed over batches.
-
-    Raises:
-      ValueError: see `place_experts`.
-    """
-    return place_experts(
-        tokens_per_expert_LE,
-        num_redundant=config.n_redundant_experts,
-        n_group=config.n_group,
-        num_nodes=mesh.shape["node"],
-        devices_per_node=num_devices(mesh, INNER_AXES),
-    )
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import Cache, decode_step, init_cache, prefill
+from dsv3_jax.serve.placed_params import param_partition
+from dsv3_jax.sharding.mesh import BATCH_AXES, Work, check_mesh
+from dsv3_jax.sharding.rules import batch_spec, per_device
 
 
 def make_prefill(config: ModelConfig, mesh: jax.sharding.Mesh, *, batch_size: int, length: int) -> Callable:
@@ -119,117 +57,6 @@ def make_cache(config: ModelConfig, mesh: jax.sharding.Mesh, *, batch_size: int,
     return jax.jit(lambda: init_cache(config, batch_size, max_length), out_shardings=shardings)()
 
 
-def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh, *, for_decoding: bool) -> dict:
-    """Returns shape, dtype and sharding of what `make_placement` places, allocating nothing."""
-    placed = jax.eval_shape(_jit_placement(config, mesh, for_decoding=for_decoding), *_abstract_masters(config))
-    return jax.tree.map(
-        lambda array, spec: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec)),
-        placed, param_partition(config, mesh, for_decoding=for_decoding),
-    )  # fmt: skip
-
-
 def cache_partition(config: ModelConfig) -> Cache:
     """Returns how a cache lies: rows over the batch axes, each with its latents whole."""
     return Cache((PartitionSpec(BATCH_AXES),) * config.num_hidden_layers, PartitionSpec(BATCH_AXES))
-
-
-def param_partition(config: ModelConfig, mesh: jax.sharding.Mesh, *, for_decoding: bool) -> dict:
-    """Returns the tree of partitions of what `make_placement` places."""
-    placed = jax.eval_shape(functools.partial(_arrange, config, for_decoding=for_decoding), *_abstract_masters(config))
-    return _partition(mesh, slot_specs(config), placed)
-
-
-def _jit_placement(config: ModelConfig, mesh: jax.sharding.Mesh, *, for_decoding: bool) -> Callable:
-    """Returns the program of `make_placement`: (params, Slots or None) -> params."""
-    return jax.jit(
-        per_device(
-            functools.partial(_arrange, config, for_decoding=for_decoding),
-            mesh=mesh,
-            in_specs=(_master_partition(config, mesh), PartitionSpec()),
-            out_specs=param_partition(config, mesh, for_decoding=for_decoding),
-        )
-    )
-
-
-def _master_partition(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict:
-    """Returns the tree of partitions of what `place` takes: experts lie over the inner axes that divide them."""
-
-    def partition(spec: ParamSpec) -> PartitionSpec:
-        dims = split_param(mesh, spec.shape, spec.axes).compute
-        shares = (_sharing(axis_names(axes), count, size_of) for axes, count in zip(dims, spec.shape, strict=True))
-        return PartitionSpec(*(axes or None for axes in shares))
-
-    size_of = functools.partial(num_devices, mesh)
-    return jax.tree.map(partition, param_specs(config))
-
-
-def _sharing(axes: tuple[str, ...], count: int, size_of: Callable) -> tuple[str, ...]:
-    """Returns the last of the axes, as many as divide the count evenly; `size_of` tells how many devices axes have."""
-    while count % size_of(axes):
-        axes = axes[1:]
-    return axes
-
-
-def _abstract_masters(config: ModelConfig) -> tuple[dict, Slots | None]:
-    """Returns shapes and dtypes of what is placed, and of a placement where experts lie in slots."""
-    masters = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), param_specs(config))
-    if not config.n_redundant_experts:
-        return masters, None
-    num_slots = config.n_routed_experts + config.n_redundant_experts
-    shapes = (num_slots,), (config.n_routed_experts, 1 + config.n_redundant_experts)
-    return masters, Slots(*(jax.ShapeDtypeStruct((config.num_moe_layers, *shape), jnp.int32) for shape in shapes))
-
-
-def _arrange(config: ModelConfig, params: dict, slots: Slots | None, *, for_decoding: bool) -> dict:
-    """Returns parameters as they are computed with; inside `per_device` this device's part."""
-    params = cast_params(config, params)
-    if slots is not None:
-        layers = params["moe_layers"]
-        axes = _sharing(EXPERT_AXES, config.n_routed_experts, size)
-        fill = functools.partial(_fill_slots, axes)
-        experts = jax.lax.map(fill, (layers["mlp"]["experts"], slots.expert_of_slot_LS))
-        experts["slots_of_expert"] = slots.slots_of_expert_LEC
-        params = params | {"moe_layers": layers | {"mlp": layers["mlp"] | {"experts": experts}}}
-    return split_layers(params) if for_decoding else params
-
-
-def _fill_slots(axes: tuple[str, ...], layer: tuple[dict, jax.Array]) -> dict:
-    """Returns the weights in this device's slots, given one layer's experts, spread over the axes, and its slots."""
-    experts, expert_of_slot_S = layer
-    if size(EXPERT_AXES) > 1:
-        expert_of_slot_S = expert_of_slot_S.reshape(size(EXPERT_AXES), -1)[jax.lax.axis_index(EXPERT_AXES)]
-
-    def fill(part: jax.Array) -> jax.Array:
-        whole = jax.lax.all_gather(part, axes, tiled=True) if size(axes) > 1 else part
-        return whole[expert_of_slot_S]
-
-    return jax.tree.map(fill, experts)
-
-
-def _require_slots(config: ModelConfig, expert_of_slot_LS: np.ndarray | None) -> Slots | None:
-    redundant = config.n_redundant_experts
-    if expert_of_slot_LS is None:
-        require(not redundant, "expert_of_slot", None,
-                f"model.n_redundant_experts={redundant} need a placement, such as balance_experts returns")  # fmt: skip
-        return None
-    expected = (config.num_moe_layers, config.n_routed_experts + redundant)
-    require(redundant > 0 and expert_of_slot_LS.shape == expected, "expert_of_slot", expert_of_slot_LS.shape,
-            f"must be [MoE layers, slots] = {list(expected)}, with model.n_redundant_experts > 0")  # fmt: skip
-    return Slots(expert_of_slot_LS, slots_of_experts(expert_of_slot_LS, config.n_routed_experts))
-
-
-def _partition(mesh: jax.sharding.Mesh, specs: dict | ParamSpec, placed: Any) -> Any:
-    if isinstance(placed, tuple):
-        unstacked = jax.tree.map(lambda spec: spec.unstacked(), specs)
-        return tuple(_partition(mesh, unstacked, layer) for layer in placed)
-    if isinstance(placed, dict):
-        return {name: _partition(mesh, specs[name], value) for name, value in placed.items()}
-    axes = tuple(split_param(mesh, specs.shape, specs.axes).compute)
-    if not is_fp8(placed):
-        return PartitionSpec(*axes)
-    first, last = specs.linear.batch_dims, specs.linear.batch_dims + specs.linear.contracted_dims
-    contracted, outputs = (sum(map(axis_names, dims), ()) or None for dims in (axes[first:last], axes[last:]))
-    blocks = PartitionSpec(*axes[:first], outputs, contracted)
-    forward = QuantizedArray(blocks, blocks, placed.forward.tile)
-    own_dims = NamedSharding(mesh, PartitionSpec(*axes)).shard_shape(specs.shape)[last:]
-    return dataclasses.replace(placed, forward=forward, output_dims=own_dims)

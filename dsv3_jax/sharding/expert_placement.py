@@ -42,9 +42,7 @@ def place_experts(
     return np.stack([_place_layer(loads_E, num_redundant, n_group, num_pools, num_devices) for loads_E in loads_LE])
 
 
-def _place_layer(
-    loads_E: np.ndarray, num_redundant: int, n_group: int, num_pools: int, num_devices: int
-) -> np.ndarray:
+def _place_layer(loads_E: np.ndarray, num_redundant: int, n_group: int, num_pools: int, num_devices: int) -> np.ndarray:
     """Returns the expert of every slot [S]; the slots of each pool of devices hold the experts of its groups."""
     experts_GE = np.arange(len(loads_E)).reshape(n_group, -1)
     groups_of_pool = deal_evenly(loads_E.reshape(n_group, -1).sum(axis=1), num_pools)

@@ -8,7 +8,7 @@ import pytest
 
 from dsv3_jax import model
 from dsv3_jax.config import MeshConfig
-from dsv3_jax.serve import on_mesh
+from dsv3_jax.serve import on_mesh, placed_params
 from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.testing.networks import random_tokens, small_config, telling_params
 
@@ -33,7 +33,7 @@ def mesh():
 )
 def test_a_placement_that_does_not_fit_is_refused(mesh, redundant, placement, message):
     config = dataclasses.replace(CONFIG, n_redundant_experts=redundant)
-    place = on_mesh.make_placement(config, mesh, for_decoding=False)
+    place = placed_params.make_placement(config, mesh, for_decoding=False)
     with pytest.raises(ValueError, match=message):
         place({}, placement)
 
@@ -43,7 +43,7 @@ def test_copies_change_no_logits_on_one_device(mesh):
     lengths_B = np.array([8, 3, 5], np.int32)
     cache = model.init_cache(CONFIG, 3, 8)
     expected, _ = jax.jit(model.prefill, static_argnums=0)(CONFIG, params, tokens_BT, lengths_B, cache)
-    placed = on_mesh.make_placement(CONFIG, mesh, for_decoding=False)(params, PLACEMENT)
+    placed = placed_params.make_placement(CONFIG, mesh, for_decoding=False)(params, PLACEMENT)
     prefill = on_mesh.make_prefill(CONFIG, mesh, batch_size=3, length=8)
     found, _ = prefill(placed, tokens_BT, lengths_B, on_mesh.make_cache(CONFIG, mesh, batch_size=3, max_length=8))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,7 @@ import numpy as np
 
 from dsv3_jax import model
 from dsv3_jax.config import MeshConfig, ModelConfig
-from dsv3_jax.serve import on_mesh
+from dsv3_jax.serve import on_mesh, placed_params
 from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.testing.networks import random_tokens, small_config, telling_params
 
@@ -42,7 +42,7 @@ class Programs:
     def __init__(self, config: ModelConfig, axes: dict[str, int]):
         devices = jax.devices()[: int(np.prod(list(axes.values())))]
         self.config, self.mesh = config, make_mesh(MeshConfig(**axes), devices=devices)
-        self.place = [on_mesh.make_placement(config, self.mesh, for_decoding=choice) for choice in (False, True)]
+        self.place = [placed_params.make_placement(config, self.mesh, for_decoding=choice) for choice in (False, True)]
         self.prefill = on_mesh.make_prefill(config, self.mesh, batch_size=BATCH, length=LENGTH)
         self.decode = on_mesh.make_decode_step(config, self.mesh, batch_size=BATCH)
 
@@ -50,7 +50,7 @@ class Programs:
         """Returns the logits after the prompts and after each further token."""
         cache = on_mesh.make_cache(self.config, self.mesh, batch_size=BATCH, max_length=LENGTH + NUM_NEW)
         placed, for_decoding = (place(params, placement) for place in self.place)
-        expected = on_mesh.abstract_params(self.config, self.mesh, for_decoding=True)
+        expected = placed_params.abstract_params(self.config, self.mesh, for_decoding=True)
         assert jax.tree.all(jax.tree.map(is_like, for_decoding, expected))
         logits_BV, cache = self.prefill(placed, tokens_BT, lengths_B, cache)
         found = [logits_BV]
@@ -88,7 +88,7 @@ def placements(config: ModelConfig, mesh: jax.sharding.Mesh) -> list[np.ndarray 
     copies_of_one = np.concatenate([np.arange(experts), np.full(redundant, 5)])
     random = np.concatenate([np.arange(experts), rng.integers(0, experts, redundant)])
     return [
-        on_mesh.balance_experts(config, mesh, rng.gamma(0.5, size=shape)),
+        placed_params.balance_experts(config, mesh, rng.gamma(0.5, size=shape)),
         np.stack([copies_of_one] * config.num_moe_layers),
         np.stack([rng.permutation(random) for _ in range(config.num_moe_layers)]),
     ]
