@@ -12,6 +12,7 @@ from dsv3_jax.kernels import attention, grouped_matmul
 
 GROUPED_CASES = [(8, 4096, 7168, 4096), (8, 4096, 2048, 7168), (32, 1024, 7168, 4096), (32, 1024, 2048, 7168)]
 ATTENTION_SHAPE = {"batch": 2, "length": 4096, "num_heads": 128, "width": 192, "value_width": 128}
+ROPE_WIDTH = 64  # of the width, columns of keys that all heads share
 
 
 def grouped_matmul_rows(*, with_torch: bool) -> list[Row]:
@@ -37,7 +38,7 @@ def attention_rows(*, with_torch: bool) -> list[Row]:
     forward_flops = score_products * (shape["width"] + shape["value_width"])
     backward_flops = score_products * (3 * shape["width"] + 2 * shape["value_width"])
     operands = _draw_attention(**shape)
-    contenders = {name: _ours_attention(operands, name) for name in ("pallas_gpu", "cudnn")}
+    contenders = {"pallas_gpu": _ours_attention(operands), "cudnn": _cudnn_attention(operands)}
     if with_torch:
         contenders["torch"] = _torch_attention(operands)
     rows = []
@@ -106,9 +107,28 @@ def _draw_attention(batch: int, length: int, num_heads: int, width: int, value_w
     return jax.block_until_ready(tuple(drawn))
 
 
-def _ours_attention(operands: tuple[jax.Array, ...], implementation: str) -> dict[str, Contender]:
+def _ours_attention(operands: tuple[jax.Array, ...]) -> dict[str, Contender]:
     q, k, v, dout = operands
-    attend = functools.partial(attention.causal_attention, scale=q.shape[-1] ** -0.5, implementation=implementation)
+    settings = {"scale": q.shape[-1] ** -0.5, "rope_width": ROPE_WIDTH}
+
+    def gradients(q, k, v, dout):
+        out, lse = attention.attend(q, k, v, **settings)
+        return attention.attention_gradients(q, k, v, out, lse, dout, **settings)
+
+    return {
+        "forward": jax_contender(functools.partial(attention.attend, **settings), q, k, v),
+        "forward + backward": jax_contender(gradients, q, k, v, dout),
+    }
+
+
+def _cudnn_attention(operands: tuple[jax.Array, ...]) -> dict[str, Contender]:
+    q, k, v, dout = operands
+    padding = [(0, 0)] * 3 + [(0, q.shape[-1] - v.shape[-1])]  # cuDNN wants values as wide as keys
+
+    def attend(q, k, v):
+        out = jax.nn.dot_product_attention(q, k, jnp.pad(v, padding), is_causal=True, implementation="cudnn")
+        return out[..., : v.shape[-1]]
+
     return {
         "forward": jax_contender(attend, q, k, v),
         "forward + backward": jax_contender(lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout), q, k, v, dout),

@@ -13,36 +13,40 @@ from jax.ad_checkpoint import checkpoint_name
 from dsv3_jax.fp8.formats import E5M6Array, decode_e5m6, dequantize
 from dsv3_jax.fp8.linear import KeptInput, for_backward, input_columns, pad_rows, quantize_and_keep, weight_gradient
 from dsv3_jax.fp8.weight import Fp8Weight
-from dsv3_jax.kernels.attention import attend, attention_gradients
+from dsv3_jax.kernels.attention import attend, attention_gradients, keys_and_values
 from dsv3_jax.kernels.block_quantize import quantize_rows_and_columns
 from dsv3_jax.kernels.fp8_matmul import fp8_matmul
 
 
 def attention_and_projection(
-    q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, first_key_BT: jax.Array | None, weight: Fp8Weight, *,
+    q_BTNX: jax.Array, kv_BTNY: jax.Array, k_rope_BTR: jax.Array, first_key_BT: jax.Array | None, weight: Fp8Weight, *,
     scale: float,
 ) -> jax.Array:  # fmt: skip
     """Computes softmax(scale · q kᵀ + mask) v in the operands' dtype and multiplies all heads with the weight.
 
     Args:
-      q_BTNX, k_BTNX, v_BTNU, first_key_BT: operands of `kernels.attention`.
+      q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT: operands of `kernels.attention`.
       weight: [N, U, *outputs].
       scale: factor on the scores.
 
     Returns:
       [B, T, *outputs] in q's dtype.
     """
-    y_RD = _attention_and_projection(q_BTNX, k_BTNX, v_BTNU, first_key_BT, weight.as_matrix(), scale)
+    static = (scale, k_rope_BTR.shape[-1])
+    y_RD = _attention_and_projection(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, weight.as_matrix(), *static)
     return y_RD.reshape(*q_BTNX.shape[:2], *weight.output_dims)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention_and_projection(q_BTNX, k_BTNX, v_BTNU, first_key_BT, weight: Fp8Weight, scale: float) -> jax.Array:
-    return _forward(q_BTNX, k_BTNX, v_BTNU, first_key_BT, weight, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention_and_projection(
+    q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, weight: Fp8Weight, scale: float, rope_width: int
+) -> jax.Array:
+    return _forward(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, weight, scale, rope_width)[0]
 
 
-def _forward(q_BTNX, k_BTNX, v_BTNU, first_key_BT, weight, scale):
-    out_BTNU, lse_BNT = attend(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale=scale)
+def _forward(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, weight, scale, rope_width):
+    k_BTNX, v_BTNU = keys_and_values(kv_BTNY, k_rope_BTR, q_BTNX.shape[-1])
+    out_BTNU, lse_BNT = attend(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale=scale, rope_width=rope_width)
     batch, length, *_ = out_BTNU.shape
     out_RK = pad_rows(out_BTNU.reshape(batch * length, -1))
     rows, kept = quantize_and_keep(out_RK, None, 0.0, weight.input_cache)
@@ -52,14 +56,15 @@ def _forward(q_BTNX, k_BTNX, v_BTNU, first_key_BT, weight, scale):
     return y_RD, (q_BTNX, k_BTNX, v_BTNU, first_key_BT, kept, lse_BNT, for_backward(weight))
 
 
-def _backward(scale, residuals, dy_RD):
+def _backward(scale, rope_width, residuals, dy_RD):
     q_BTNX, k_BTNX, v_BTNU, first_key_BT, kept, lse_BNT, weight = residuals
     dy_rows, dy_columns = quantize_rows_and_columns(pad_rows(dy_RD))
     dweight_KD = fp8_matmul(input_columns(kept, 0.0), dy_columns, out_dtype=jnp.float32)
     dout_RK = fp8_matmul(dy_rows, weight.backward, out_dtype=dy_RD.dtype)
     out_BTNU, dout_BTNU = (x_RK[: len(dy_RD)].reshape(v_BTNU.shape) for x_RK in (_values(kept, q_BTNX.dtype), dout_RK))
-    dqkv = attention_gradients(q_BTNX, k_BTNX, v_BTNU, out_BTNU, lse_BNT, dout_BTNU, first_key_BT, scale=scale)
-    return *dqkv, None, weight_gradient(weight, dweight_KD)
+    operands = (q_BTNX, k_BTNX, v_BTNU, out_BTNU, lse_BNT, dout_BTNU, first_key_BT)
+    gradients = attention_gradients(*operands, scale=scale, rope_width=rope_width)
+    return *gradients, None, weight_gradient(weight, dweight_KD)
 
 
 _attention_and_projection.defvjp(_forward, _backward)

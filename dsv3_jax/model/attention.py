@@ -63,14 +63,10 @@ class Attention(nnx.Module):
           key, [B, T, C + R].
         """
         query, kv_BTZ = self._project_down(x_BTD, token_dim=1)
-        q_nope, q_rope = self._queries(query, cosines, sines)
+        q_BTNX = self._queries(query, cosines, sines)
         latent_BTC, k_rope_BTR = self._latents(kv_BTZ, cosines, sines)
-        expanded = linear(latent_BTC, self.kv_b_proj[...])
-        k_nope, v_BTNU = jnp.split(expanded, [self.config.qk_nope_head_dim], axis=-1)
-        k_rope_BTNR = jnp.broadcast_to(k_rope_BTR[:, :, None], (*k_nope.shape[:-1], k_rope_BTR.shape[-1]))
-        q_BTNX = jnp.concatenate([q_nope, q_rope], axis=-1)
-        k_BTNX = jnp.concatenate([k_nope, k_rope_BTNR], axis=-1)
-        out_BTD = scatter_tokens(self._attend_and_project(q_BTNX, k_BTNX, v_BTNU, first_key_BT), 1)
+        kv_BTNY = linear(latent_BTC, self.kv_b_proj[...])  # of every head the key without position, then the value
+        out_BTD = scatter_tokens(self._attend_and_project(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT), 1)
         out_BTD = checkpoint_name(out_BTD, "attention_projected")
         return out_BTD, jnp.concatenate([latent_BTC.value(), k_rope_BTR], axis=-1)
 
@@ -87,7 +83,8 @@ class Attention(nnx.Module):
           The output of the rows this device owns and the cache with the new tokens in it.
         """
         query, kv_BTZ = self._project_down(x_BTD, token_dim=0)
-        q_nope, q_rope = self._queries(query, cosines, sines)
+        q_BTNX = self._queries(query, cosines, sines)
+        q_nope, q_rope = jnp.split(q_BTNX, [self.config.qk_nope_head_dim], axis=-1)
         latent_BTC, k_rope_BTR = self._latents(kv_BTZ, cosines, sines)
         new_BTZ = jnp.concatenate([latent_BTC.value(), k_rope_BTR], axis=-1).astype(cache_BSZ.dtype)
         positions_BT = lengths_B[:, None] + jnp.arange(kv_BTZ.shape[1])
@@ -123,12 +120,11 @@ class Attention(nnx.Module):
         query, kv_BTZ = checkpoint_name(query, "q_latent"), checkpoint_name(kv_BTZ, "kv_latent")
         return gather_tokens(query, token_dim), gather_tokens(kv_BTZ, token_dim)
 
-    def _queries(self, query, cosines, sines) -> tuple[jax.Array, jax.Array]:
-        """Returns the position-free part [B, T, N, H] and the rotated part [B, T, N, R] of the queries."""
+    def _queries(self, query, cosines, sines) -> jax.Array:
+        """Returns the queries, [B, T, N, X]: the position-free part, then the rotated one."""
         if self.config.q_lora_rank is not None:
             query = linear(Normed(query, self.q_a_layernorm[...], LATENT_EPS), self.q_b_proj[...])
-        q_nope, q_rope = jnp.split(query, [self.config.qk_nope_head_dim], axis=-1)
-        return q_nope, rope.rotate(q_rope, cosines[..., None, :], sines[..., None, :])
+        return rope.rotate_last(query, cosines[..., None, :], sines[..., None, :])
 
     def _latents(self, kv_BTZ, cosines, sines) -> tuple[Normed, jax.Array]:
         """Returns the latent [B, T, C], to be normalised, and the rotated rope key [B, T, R] of every token."""

@@ -54,6 +54,32 @@ def rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
     return turned.reshape(x.shape).astype(x.dtype)
 
 
+@jax.custom_vjp
+def rotate_last(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
+    """Turns the last columns, as many as the rotation has, and leaves those before as they are.
+
+    It and its derivative write the turned columns alone where x's memory can be reused.
+
+    Args:
+      x: [..., X], X at least R.
+      cosines, sines: broadcastable to [..., R/2]; they receive no gradient.
+    """
+    turned = rotate(x[..., -2 * cosines.shape[-1] :], cosines, sines)
+    return x.at[..., -turned.shape[-1] :].set(turned)
+
+
+def _rotate_last_forward(x, cosines, sines):
+    return rotate_last(x, cosines, sines), (cosines, sines)
+
+
+def _rotate_last_backward(rotation, dy):
+    cosines, sines = rotation
+    return rotate_last(dy, cosines, -sines), None, None
+
+
+rotate_last.defvjp(_rotate_last_forward, _rotate_last_backward)
+
+
 def _correction_range(config: ModelConfig, scaling: RopeScaling) -> tuple[float, float]:
     """Returns the pair indices between which YaRN blends."""
     dim = config.qk_rope_head_dim

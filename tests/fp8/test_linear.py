@@ -84,25 +84,27 @@ def test_feed_forward_equals_float64_autodiff_within_the_format(caches):
 def test_attention_with_projection_equals_float64_autodiff_within_the_format(input_cache):
     """Whatever is kept of the attention output, 18 rows at a time, all gradients are right to the format's error."""
     heads, value_width = 2, 32
-    q, k, v = random((2, 9, heads, 48), 0), random((2, 9, heads, 48), 1), random((2, 9, heads, value_width), 2)
+    q, kv, k_rope = random((2, 9, heads, 48), 0), random((2, 9, heads, 32 + value_width), 1), random((2, 9, 16), 2)
     w = weight((heads, value_width, 80), 3, contracted_dims=2, input_cache=input_cache)
 
-    def attend(q, k, v, w):
-        return attention_and_projection(q, k, v, None, w, scale=0.3)
+    def attend(q, kv, k_rope, w):
+        return attention_and_projection(q, kv, k_rope, None, w, scale=0.3)
 
-    y, dy, (*dqkv, dw) = differentiate(attend, q, k, v, w)
+    y, dy, (*doperands, dw) = differentiate(attend, q, kv, k_rope, w)
     with jax.enable_x64(True):
 
-        def plain(q, k, v, w):
-            scores = jnp.einsum("btnx,bsnx->bnts", q, k) * 0.3
+        def plain(q, kv, k_rope, w):
+            k, v = jnp.split(kv, [32], axis=-1)
+            scores = jnp.einsum("btnx,bsnx->bnts", q[..., :32], k) + jnp.einsum("btnx,bsx->bnts", q[..., 32:], k_rope)
+            scores *= 0.3
             scores = jnp.where(jnp.tril(jnp.ones((9, 9), bool)), scores, -jnp.inf)
             return jnp.einsum("bnts,bsnu,nud->btd", jax.nn.softmax(scores), v, w)
 
-        operands = (jnp.asarray(np.asarray(leaf, np.float64)) for leaf in (q, k, v, w.master))
+        operands = (jnp.asarray(np.asarray(leaf, np.float64)) for leaf in (q, kv, k_rope, w.master))
         expected, vjp = jax.vjp(plain, *operands)
         gradients = vjp(jnp.asarray(np.asarray(dy, np.float64)))
     assert_near(y, expected, 2 * E4M3_ERROR, "y")
-    for name, mine, wanted in zip(("dq", "dk", "dv", "dw"), (*dqkv, dw.master), gradients, strict=True):
+    for name, mine, wanted in zip(("dq", "dkv", "dk_rope", "dw"), (*doperands, dw.master), gradients, strict=True):
         assert_near(mine, wanted, 3 * E4M3_ERROR, name)
 
 

@@ -13,15 +13,20 @@ from dsv3_jax.kernels.attention import pallas_gpu, segments
 BF16_TOLERANCE = 6e-3  # relative norm: inputs of the second product and the result are each rounded to 8 bits
 
 
-def make_operands(batch, length, num_heads, width, value_width, dtype):
+def make_operands(batch, length, num_heads, width, value_width, rope_width, dtype):
     rng = np.random.default_rng(length + width)
-    shapes = [(batch, length, num_heads, size) for size in (width, width, value_width, value_width)]
+    own_width = width - rope_width
+    shapes = [(batch, length, num_heads, size) for size in (width, own_width + value_width, value_width)]
+    shapes.insert(2, (batch, length, rope_width))
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def attend_densely(q, k, v, dout, first_key, scale):
-    """Returns the output and the gradients of q, k and v by their formulas, in float64."""
-    q, k, v, dout = (np.asarray(array, np.float64) for array in (q, k, v, dout))
+def attend_densely(q, kv, k_rope, dout, first_key, scale):
+    """Returns the output and the gradients of q, kv and k_rope by their formulas, in float64."""
+    q, kv, k_rope, dout = (np.asarray(array, np.float64) for array in (q, kv, k_rope, dout))
+    own_width = q.shape[-1] - k_rope.shape[-1]
+    shared = np.repeat(k_rope[:, :, None], q.shape[2], axis=2)
+    k, v = np.concatenate([kv[..., :own_width], shared], axis=-1), kv[..., own_width:]
     scores = np.einsum("btnx,bsnx->bnts", q, k) * scale
     keys = np.arange(k.shape[1])
     is_visible = (keys <= keys[:, None]) & (keys >= first_key[:, None, :, None])
@@ -30,11 +35,12 @@ def attend_densely(q, k, v, dout, first_key, scale):
     weights /= weights.sum(-1, keepdims=True)
     dweights = np.einsum("btnu,bsnu->bnts", dout, v)
     dscores = weights * (dweights - (weights * dweights).sum(-1, keepdims=True)) * scale
+    dk, dv = np.einsum("bnts,btnx->bsnx", dscores, q), np.einsum("bnts,btnu->bsnu", weights, dout)
     return (
         np.einsum("bnts,bsnu->btnu", weights, v),
         np.einsum("bnts,bsnx->btnx", dscores, k),
-        np.einsum("bnts,btnx->bsnx", dscores, q),
-        np.einsum("bnts,btnu->bsnu", weights, dout),
+        np.concatenate([dk[..., :own_width], dv], axis=-1),
+        dk[..., own_width:].sum(axis=2),
     )
 
 
@@ -45,8 +51,8 @@ def first_keys(starts_of_rows, length):
 
 
 def assert_value_and_gradients_match(attend, operands, scale, tolerance, first_key_BT=None):
-    q, k, v, dout = operands
-    out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, first_key_BT), q, k, v)
+    q, kv, k_rope, dout = operands
+    out, vjp = jax.vjp(lambda q, kv, k_rope: attend(q, kv, k_rope, first_key_BT), q, kv, k_rope)
     assert out.dtype == q.dtype
     first_key = np.zeros(q.shape[:2], int) if first_key_BT is None else np.asarray(first_key_BT)
     for actual, expected in zip((out, *vjp(dout)), attend_densely(*operands, first_key, scale)):
@@ -56,7 +62,7 @@ def assert_value_and_gradients_match(attend, operands, scale, tolerance, first_k
 
 @pytest.mark.parametrize("length", [5, 129, 300])
 def test_reference_equals_dense_softmax(length):
-    operands = make_operands(2, length, 2, 24, 16, jnp.float32)
+    operands = make_operands(2, length, 2, 24, 16, 8, jnp.float32)
     attend = functools.partial(op.causal_attention, scale=0.3, implementation="reference")
     assert_value_and_gradients_match(attend, operands, 0.3, 1e-5)
 
@@ -67,7 +73,7 @@ STARTS = [[3, 4, 5, 64, 128, 190], [], [127, 129, 260], [255, 256]]
 
 @pytest.mark.parametrize("length", [5, 129, 300])
 def test_reference_hides_other_documents(length):
-    operands = make_operands(4, length, 2, 24, 16, jnp.float32)
+    operands = make_operands(4, length, 2, 24, 16, 8, jnp.float32)
     attend = functools.partial(op.causal_attention, scale=0.3, implementation="reference")
     assert_value_and_gradients_match(attend, operands, 0.3, 1e-5, first_keys(STARTS, length))
 
@@ -102,48 +108,53 @@ def test_ranges_of_blocks_hold_what_is_seen_and_no_mask_is_missing(block):
 @pytest.mark.parametrize(
     ("shape", "dtype", "words"),
     [
-        ((1, 128, 1, 192, 128), jnp.float32, "float32"),
-        ((1, 100, 1, 192, 128), jnp.bfloat16, "T=100"),
-        ((1, 128, 1, 96, 64), jnp.bfloat16, "X=96"),
-        ((1, 128, 1, 256, 128), jnp.bfloat16, "X=256"),
+        ((1, 128, 1, 192, 128, 64), jnp.float32, "float32"),
+        ((1, 100, 1, 192, 128, 64), jnp.bfloat16, "T=100"),
+        ((1, 128, 1, 96, 64, 64), jnp.bfloat16, "X=96"),
+        ((1, 128, 1, 256, 128, 64), jnp.bfloat16, "X=256"),
+        ((1, 128, 1, 192, 128, 32), jnp.bfloat16, "R=32"),
+        ((1, 128, 1, 64, 64, 64), jnp.bfloat16, "X=64, R=64"),
     ],
 )
 def test_kernel_names_what_it_cannot_run(shape, dtype, words):
-    q, k, v, _ = make_operands(*shape, dtype)
+    q, kv, k_rope, _ = make_operands(*shape, dtype)
     with pytest.raises(ValueError, match=words):
-        op.causal_attention(q, k, v, scale=1.0, implementation="pallas_gpu")
+        op.causal_attention(q, kv, k_rope, scale=1.0, implementation="pallas_gpu")
 
 
 def test_kernel_needs_a_hopper_gpu():
-    q, k, v, _ = make_operands(1, 128, 1, 128, 64, jnp.bfloat16)
+    q, kv, k_rope, _ = make_operands(1, 128, 1, 128, 64, 64, jnp.bfloat16)
     with pytest.raises(ValueError, match=r"needs a Hopper GPU.*default device is cpu"):
-        op.causal_attention(q, k, v, scale=1.0, implementation="pallas_gpu")
+        op.causal_attention(q, kv, k_rope, scale=1.0, implementation="pallas_gpu")
 
 
 def test_unknown_implementation_is_refused():
-    q, k, v, _ = make_operands(1, 4, 1, 8, 8, jnp.float32)
+    q, kv, k_rope, _ = make_operands(1, 4, 1, 8, 8, 4, jnp.float32)
     with pytest.raises(ValueError, match="implementation='flash'"):
-        op.causal_attention(q, k, v, scale=1.0, implementation="flash")
+        op.causal_attention(q, kv, k_rope, scale=1.0, implementation="flash")
 
 
 def test_cudnn_refuses_first_keys():
-    q, k, v, _ = make_operands(1, 128, 1, 64, 64, jnp.bfloat16)
+    q, kv, k_rope, _ = make_operands(1, 128, 1, 64, 64, 32, jnp.bfloat16)
     with pytest.raises(ValueError, match="cannot run first_key_BT"):
-        op.causal_attention(q, k, v, first_keys([[5]], 128), scale=1.0, implementation="cudnn")
+        op.causal_attention(q, kv, k_rope, first_keys([[5]], 128), scale=1.0, implementation="cudnn")
 
 
 @pytest.mark.parametrize("has_segments", [False, True])
-@pytest.mark.parametrize(("width", "value_width"), [(192, 128), (128, 128), (64, 64)])
+@pytest.mark.parametrize(("width", "value_width"), [(192, 128), (128, 128), (128, 64)])
 def test_kernels_lower_for_cuda(width, value_width, has_segments):
     """Everything Mosaic checks without a GPU: operand layouts, tiling and shared-memory size."""
-    q, v = (jax.ShapeDtypeStruct((2, 4096, 128, size), jnp.bfloat16) for size in (width, value_width))
+    q, kv = (jax.ShapeDtypeStruct((2, 4096, 128, size), jnp.bfloat16) for size in (width, width - 64 + value_width))
+    k_rope = jax.ShapeDtypeStruct((2, 4096, 64), jnp.bfloat16)
     first_key_BT = jax.ShapeDtypeStruct((2, 4096), jnp.int32) if has_segments else None
 
-    def value_and_gradients(q, k, v, first_key_BT):
-        out, vjp = jax.vjp(lambda q, k, v: pallas_gpu.causal_attention(q, k, v, first_key_BT, 0.1), q, k, v)
+    def value_and_gradients(*operands, first_key_BT):
+        out, vjp = jax.vjp(lambda *operands: pallas_gpu.causal_attention(*operands, first_key_BT, 0.1), *operands)
         return out, vjp(out)
 
-    exported = jax.export.export(jax.jit(value_and_gradients), platforms=["cuda"])(q, q, v, first_key_BT)
+    exported = jax.export.export(jax.jit(value_and_gradients), platforms=["cuda"])(
+        q, kv, k_rope, first_key_BT=first_key_BT
+    )
     assert exported.mlir_module().count("mosaic_gpu") >= 3
 
 
@@ -176,7 +187,7 @@ def test_kernels_in_the_interpreter(monkeypatch, has_segments):
     monkeypatch.setattr(blocks, "accumulate", accumulate)
     monkeypatch.setattr(blocks, "NUM_SMS", 2)
     batch, length, num_heads = (2, 384, 1) if has_segments else (1, 256, 2)
-    operands = make_operands(batch, length, num_heads, 128, 64, jnp.bfloat16)
+    operands = make_operands(batch, length, num_heads, 128, 64, 64, jnp.bfloat16)
     # The first row's first tile of keys is seen by the next tile in part, the second's by none.
     first_key_BT = first_keys([[100, 270], [3, 128, 320, 383]], length) if has_segments else None
     attend = functools.partial(pallas_gpu.causal_attention, scale=0.1)
@@ -188,11 +199,11 @@ def test_kernels_in_the_interpreter(monkeypatch, has_segments):
 @pytest.mark.parametrize(
     "shape",
     [
-        (2, 1024, 3, 192, 128),
-        (1, 128, 1, 192, 128),
-        (1, 384, 20, 128, 64),
-        (16, 512, 16, 192, 128),
-        (64, 256, 6, 192, 128),
+        (2, 1024, 3, 192, 128, 64),
+        (1, 128, 1, 192, 128, 64),
+        (1, 384, 20, 128, 64, 64),
+        (16, 512, 16, 192, 128, 64),
+        (64, 256, 6, 192, 128, 64),
     ],
 )
 @pytest.mark.parametrize("implementation", ["pallas_gpu", "cudnn"])
@@ -203,7 +214,7 @@ def test_kernels_on_hopper(shape, implementation):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(4, 1024, 3, 192, 128), (4, 384, 20, 128, 64)])
+@pytest.mark.parametrize("shape", [(4, 1024, 3, 192, 128, 64), (4, 384, 20, 128, 64, 64)])
 def test_kernels_on_hopper_hide_other_documents(shape):
     operands = make_operands(*shape, jnp.bfloat16)
     attend = functools.partial(op.causal_attention, scale=0.1, implementation="pallas_gpu")

@@ -81,11 +81,11 @@ def test_attention_kernels_count_the_lower_triangle_forward_and_backward():
     lse = struct(batch, heads, length, dtype=jnp.float32)
 
     def gradients(q, k, v, out, lse, dout):
-        return attention_gradients(q, k, v, out, lse, dout, scale=1.0)
+        return attention_gradients(q, k, v, out, lse, dout, scale=1.0, rope_width=64)
 
     pairs = batch * heads * length * (length + 1) / 2
     with device.lowering_for_hopper():
-        forward = count(functools.partial(attend, scale=1.0), q, q, v)
+        forward = count(functools.partial(attend, scale=1.0, rope_width=64), q, q, v)
         backward = count(gradients, q, q, v, v, lse, v)
     assert forward["bf16"] == 2 * pairs * (key_dim + value_dim)
     output_times_its_gradient = 2 * batch * heads * length * value_dim
@@ -119,7 +119,7 @@ def test_kernel_of_unknown_work_is_refused_rather_than_left_out(monkeypatch):
     monkeypatch.setattr(flops, "_ATTENTION", {})
     q = struct(1, 128, 1, 192)
     with device.lowering_for_hopper(), pytest.raises(ValueError, match=r"attention_forward multiplies"):
-        count(functools.partial(attend, scale=1.0), q, q, struct(1, 128, 1, 128))
+        count(functools.partial(attend, scale=1.0, rope_width=64), q, q, struct(1, 128, 1, 128))
 
 
 TINY = RunConfig(

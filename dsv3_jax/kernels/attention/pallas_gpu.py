@@ -36,41 +36,50 @@ from dsv3_jax.kernels.attention.blocks import (
     WARPGROUPS,
 )
 from dsv3_jax.kernels.attention.pallas_gpu_gradients import key_value_gradients, query_gradient
+from dsv3_jax.kernels.attention.shared_keys import keys_and_values, sum_over_heads
 from dsv3_jax.kernels.hopper import segmented
 
 OUT_COLUMNS = 64  # of a store: widths of queries and values are multiples
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def causal_attention(
-    q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, first_key_BT: jax.Array | None, scale: float
+    q_BTNX: jax.Array, kv_BTNY: jax.Array, k_rope_BTR: jax.Array, first_key_BT: jax.Array | None, scale: float
 ) -> jax.Array:
     """Computes softmax(scale · q kᵀ + mask) v per head; [B, T, N, U] in q's dtype."""
-    return attend(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale)[0]
+    return _causal_attention(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale, k_rope_BTR.shape[-1])
 
 
-def _forward(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _causal_attention(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale: float, rope_width: int) -> jax.Array:
+    return _forward(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale, rope_width)[0]
+
+
+def _forward(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale, _):
+    k_BTNX, v_BTNU = keys_and_values(kv_BTNY, k_rope_BTR, q_BTNX.shape[-1])
     out_BTNU, lse_BNT = attend(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale)
     out_BTNU = checkpoint_name(out_BTNU, "attention_out")
     lse_BNT = checkpoint_name(lse_BNT, "attention_lse")
     return out_BTNU, (q_BTNX, k_BTNX, v_BTNU, first_key_BT, out_BTNU, lse_BNT)
 
 
-def _backward(scale, residuals, dout_BTNU):
-    return *gradients(*residuals, dout_BTNU, scale), None
+def _backward(scale, rope_width, residuals, dout_BTNU):
+    return *gradients(*residuals, dout_BTNU, scale=scale, rope_width=rope_width), None
 
 
-causal_attention.defvjp(_forward, _backward)
+_causal_attention.defvjp(_forward, _backward)
 
 
 def gradients(
-    q_BTNX, k_BTNX, v_BTNU, first_key_BT, out_BTNU, lse_BNT, dout_BTNU, scale: float
-) -> tuple[jax.Array, ...]:
-    """Returns the gradients of queries, keys and values, given what `attend` returned and the output's gradient."""
+    q_BTNX, k_BTNX, v_BTNU, first_key_BT, out_BTNU, lse_BNT, dout_BTNU, *, scale: float, rope_width: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the gradients of queries, of keys' own columns beside values, and of the keys' shared columns.
+
+    Args: what `attend` took and returned, and the output's gradient.
+    """
     delta_BNT = jnp.einsum("BTNU,BTNU->BNT", out_BTNU, dout_BTNU, preferred_element_type=jnp.float32)
     operands = (q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, delta_BNT)
-    dk_BTNX, dv_BTNU = key_value_gradients(*operands, scale)
-    return query_gradient(*operands, scale), dk_BTNX, dv_BTNU
+    dkv_BTNY, dk_rope_BTNR = key_value_gradients(*operands, scale, rope_width)
+    return query_gradient(*operands, scale), dkv_BTNY, sum_over_heads(dk_rope_BTNR)
 
 
 def attend(

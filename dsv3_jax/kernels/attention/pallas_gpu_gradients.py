@@ -167,9 +167,9 @@ def query_gradient(q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, del
 
 
 def key_value_gradients(
-    q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, delta_BNT, scale: float
+    q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, delta_BNT, scale: float, rope_width: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradients of the keys, [B, T, N, X], and of the values, [B, T, N, U], in q's dtype.
+    """Returns the gradients of keys beside values, [B, T, N, X - R + U], and of the keys' last columns, [B, T, N, R].
 
     Both gradients of a tile would not fit one warpgroup's registers. One warpgroup makes the softmax weights and the
     value gradient, the other takes the weights through shared memory and makes the key gradient: equal work at X = 192
@@ -177,6 +177,7 @@ def key_value_gradients(
     """
     batch, length, num_heads, width = q_BTNX.shape
     value_width, dtype, stages = v_BTNU.shape[-1], q_BTNX.dtype, 3
+    own_width = width - rope_width  # of the keys' columns that lie beside the values
     num_blocks = length // GRADIENT_BLOCK
     tiles = blocks.Tiles(batch, num_heads, num_blocks, longest_is_last=False)
     shape = (ROWS, GRADIENT_BLOCK)  # products are transposed: a row is a key, a column a query
@@ -189,8 +190,8 @@ def key_value_gradients(
         if has_segments:
             first_key, whole_block, edge_block, *refs, first_key_smem = refs
         (
-            dk, dv,
-            k_smem, v_smem, dk_smem, dv_smem, weights_smem, q_smem, dout_smem, lse_smem, delta_smem,
+            dkv, dk_rope,
+            k_smem, v_smem, dk_smem, dk_rope_smem, dv_smem, weights_smem, q_smem, dout_smem, lse_smem, delta_smem,
             k_full, k_free, v_full, v_free, weights_full, weights_free, q_full, q_free, dout_full, dout_free,
         ) = refs  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
@@ -281,7 +282,8 @@ def key_value_gradients(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 dv_smem[...] = carry[2].astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(dv_smem, dv.at[b, pl.ds(block * ROWS, ROWS), h])
+                rows, columns = pl.ds(block * ROWS, ROWS), pl.ds(own_width, value_width)
+                plgpu.copy_smem_to_gmem(dv_smem, dkv.at[b, rows, h, columns])
                 return carry[:2]
 
             _, weights_slot = tiles.for_each(differentiate_tile, (jnp.int32(0), jnp.int32(0)))
@@ -348,9 +350,12 @@ def key_value_gradients(
                 carry = (blocks.next_slot(slot, stages), 1 - weights_slot, acc)
                 plgpu.barrier_arrive(v_free)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                dk_smem[...] = (carry[2] * scale).astype(dtype)
+                dk = (carry[2] * scale).astype(dtype)
+                dk_smem[...], dk_rope_smem[...] = dk[:, :own_width], dk[:, own_width:]
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(dk_smem, dk.at[b, pl.ds(block * ROWS, ROWS), h])
+                rows = pl.ds(block * ROWS, ROWS)
+                plgpu.copy_smem_to_gmem(dk_smem, dkv.at[b, rows, h, pl.ds(0, own_width)])
+                plgpu.copy_smem_to_gmem(dk_rope_smem, dk_rope.at[b, rows, h])
                 return carry[:2]
 
             tiles.for_each(differentiate_tile, (jnp.int32(0), jnp.int32(0)))
@@ -358,11 +363,15 @@ def key_value_gradients(
 
     return blocks.kernel(
         attention_key_value_gradients,
-        out_type=(jax.ShapeDtypeStruct(k_BTNX.shape, dtype), jax.ShapeDtypeStruct(v_BTNU.shape, dtype)),
+        out_type=tuple(
+            jax.ShapeDtypeStruct((batch, length, num_heads, columns), dtype)
+            for columns in (own_width + value_width, rope_width)
+        ),
         scratch_types=(
             segmented((ROWS, width), dtype),
             segmented((ROWS, value_width), dtype),
-            segmented((ROWS, width), dtype),
+            segmented((ROWS, own_width), dtype),
+            segmented((ROWS, rope_width), dtype),
             segmented((ROWS, value_width), dtype),
             segmented((2, *shape), dtype),
             segmented((stages, GRADIENT_BLOCK, width), dtype),
