@@ -7,6 +7,7 @@ planned, not run; H100 and H800 share its instruction set, and differ in what `p
 """
 
 import importlib.util
+import math
 
 import jax
 
@@ -60,13 +61,14 @@ def absent_devices(config: MeshConfig) -> list[jax.Device]:
     """Returns the devices of `absent_mesh`."""
     from jax.experimental import topologies
 
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    number = math.prod(sizes.values())
+    per_host = min(number, DEVICES_PER_HOST)
+    fewer = number - number % per_host
+    require(number % per_host == 0, "mesh", sizes, f"multiplies to {number} devices, which do not fill hosts of "
+            f"{per_host}; choose axes that multiply to {fewer} or {fewer + per_host}")  # fmt: skip
     missing = missing_packages()
     require(not missing, "packages", missing, "XLA's GPU compiler is not installed; pip install 'dsv3_jax[plan]'")
-    number = 1
-    for axis in AXES:
-        number *= getattr(config, axis)
-    per_host = min(number, DEVICES_PER_HOST)
-    require(number % per_host == 0, "mesh", number, f"devices do not fill hosts of {per_host}; use a multiple")
     topology = topologies.get_topology_desc(
         topology_name="h200", platform="cuda", target_config=_H200, topology=f"1x{number // per_host}x{per_host}"
     )

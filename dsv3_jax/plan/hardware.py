@@ -1,6 +1,7 @@
 """What a device can do at best: peaks of its arithmetic, memory and links, as published."""
 
 import dataclasses
+import math
 
 from dsv3_jax.config import require
 
@@ -55,7 +56,10 @@ def find(name: str, changes: dict[str, float]) -> Hardware:
     numbers = [field.name for field in dataclasses.fields(Hardware) if field.type in (float, int)]
     for field, value in changes.items():
         require(field in numbers, "--hardware_number", field, f"no such number; there are {', '.join(numbers)}")
-        require(value > 0 or field == "reserved_gb", f"--hardware_number={field}", value, "must be positive")
+        is_possible = value > 0 or (value == 0 and field == "reserved_gb")
+        require(is_possible and math.isfinite(value), f"--hardware_number={field}", value, "must be positive")
+        require(value == int(value) or field != "devices_per_host", f"--hardware_number={field}", value,
+                "must be a whole number")  # fmt: skip
     changed = {field: int(value) if field == "devices_per_host" else value for field, value in changes.items()}
     note = "; overridden: " + ", ".join(f"{field}={value:g}" for field, value in changes.items()) if changes else ""
     hardware = HARDWARE[name]

@@ -31,6 +31,11 @@ def test_axis_left_open_is_refused_for_there_are_no_devices_to_fill_it():
         absent_devices.absent_mesh(MeshConfig())
 
 
+def test_hosts_that_are_not_full_are_refused_with_numbers_of_devices_that_fill_them():
+    with pytest.raises(ValueError, match=r"'gpu': 4, 'tensor': 3.*12 devices.*hosts of 8.*multiply to 8 or 16"):
+        absent_devices.absent_mesh(MeshConfig(gpu=4, tensor=3))
+
+
 @pytest.mark.skipif(not MISSING, reason="XLA's GPU compiler is installed")
 def test_missing_compiler_is_named_with_what_installs_it():
     with pytest.raises(ValueError, match=r"pip install 'dsv3_jax\[plan\]'"):

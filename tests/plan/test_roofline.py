@@ -59,6 +59,10 @@ def test_overridden_number_replaces_the_published_one_and_is_told():
         ("a100", {}, "h100, h200, h800"),
         ("h200", {"speed": 1.0}, "memory_gb_per_s"),
         ("h200", {"bf16_tflops": 0.0}, "must be positive"),
+        ("h200", {"reserved_gb": -1.0}, "must be positive"),
+        ("h200", {"memory_gb": float("inf")}, "must be positive"),
+        ("h200", {"reserved_gb": float("nan")}, "must be positive"),
+        ("h200", {"devices_per_host": 0.5}, "must be a whole number"),
     ],
 )
 def test_unknown_hardware_or_number_is_refused_with_those_there_are(name, changes, message):
