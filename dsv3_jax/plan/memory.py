@@ -4,6 +4,7 @@ The compiler writes down which buffers are alive at its peak; their instructions
 """
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -23,9 +24,11 @@ RESULTS = "new results"
 TEMPORARIES = "temporaries"
 KINDS = (MASTERS, MOMENTS, WEIGHTS, CACHE, GRADIENTS, KEPT, EXCHANGE, INPUTS, RESULTS, TEMPORARIES)
 
+_PACKAGE = "dsv3_jax/"
 _ARGUMENTS = {"state.params": MASTERS, "state.optimizer": MOMENTS, "params": WEIGHTS, "cache": CACHE}
 _WEIGHT_SOURCES = ("model/params.py", "sharding/zero.py")
 _EXCHANGE_SOURCES = ("sharding/expert_exchange.py", "sharding/row_packing.py", "sharding/exchange_plan.py")
+_EXPERT_ROOMS = ("dsv3_jax/model/", "dsv3_jax/fp8/")
 # Those of the compiler's own fusions that have one operand are transposes and copies as well.
 _MOVES = ("copy", "bitcast", "reshape", "transpose", "copy-start", "copy-done", "optimization-barrier")
 
@@ -39,6 +42,7 @@ class Buffer:
     num_bytes: int
     type: str  # element type and dimensions
     origin: str  # of the instruction that fills it: argument, or path of JAX transformations
+    file: str  # of this package, innermost in the call that made the instruction; empty where none is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +75,7 @@ def peak(
         origin = _origin(program, *_split_name(value.name))
         outlives_forward = lives.get(value.name, (0, 0))[1] > forward_end
         kind = _kind(program, origin, value.type, weight_sizes, outlives_forward)
-        buffers.append(_buffer(value, origin, kind))
+        buffers.append(_buffer(program, value, origin, kind))
     for allocation in allocations:
         if not allocation.is_arena and allocation.values:
             buffers.append(_buffer_outside(program, allocation))
@@ -195,9 +199,17 @@ def _kind(
         return GRADIENTS
     if _is_forward(origin) and (outlives_forward or _updates_in_place(program, origin)):
         return KEPT
-    if any(file.endswith(_EXCHANGE_SOURCES) for file in files):
-        return EXCHANGE
-    return TEMPORARIES
+    return EXCHANGE if is_exchange(files) else TEMPORARIES
+
+
+def is_exchange(files: tuple[str, ...]) -> bool:
+    """Tells whether source files, innermost first, are those of a step of the expert exchange.
+
+    The exchange calls the experts, whose own steps lie further inside.
+    """
+    inside = itertools.takewhile(lambda file: not file.endswith(_EXCHANGE_SOURCES), files)
+    has_exchange = any(file.endswith(_EXCHANGE_SOURCES) for file in files)
+    return has_exchange and not any(room in file for file in inside for room in _EXPERT_ROOMS)
 
 
 def _buffer_outside(program: Program, allocation: _Allocation) -> Buffer:
@@ -206,9 +218,9 @@ def _buffer_outside(program: Program, allocation: _Allocation) -> Buffer:
         instruction = program.instructions[_split_name(value.name)[0]]
         kind = _kind_of_argument(program, instruction)
         if kind is not None:
-            return _buffer(value, instruction, kind)
+            return _buffer(program, value, instruction, kind)
     value = dataclasses.replace(allocation.values[0], size=allocation.size)
-    return _buffer(value, _origin(program, *_split_name(value.name)), RESULTS)
+    return _buffer(program, value, _origin(program, *_split_name(value.name)), RESULTS)
 
 
 def _kind_of_argument(program: Program, origin: Instruction) -> str | None:
@@ -218,9 +230,10 @@ def _kind_of_argument(program: Program, origin: Instruction) -> str | None:
     return next((kind for prefix, kind in _ARGUMENTS.items() if origin.op_name.startswith(prefix)), INPUTS)
 
 
-def _buffer(value: _Value, origin: Instruction, kind: str) -> Buffer:
+def _buffer(program: Program, value: _Value, origin: Instruction, kind: str) -> Buffer:
     path = origin.op_name if origin.op_name else origin.name
-    return Buffer(value.name, kind, value.size, _plain(value.type), path)
+    own_files = (file.rpartition(_PACKAGE)[2] for file in program.files(origin) if _PACKAGE in file)
+    return Buffer(value.name, kind, value.size, _plain(value.type), path, next(own_files, ""))
 
 
 def _is_forward(instruction: Instruction) -> bool:

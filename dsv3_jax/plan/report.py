@@ -17,7 +17,7 @@ from dsv3_jax.plan.planning import Plan
 
 LISTED_BUFFERS = 12
 _WIDTH = 120  # columns; narrower, figures would be cut off
-_ORIGIN_WIDTH = 48
+_ORIGIN_WIDTH = 36
 _BAR = 0.7  # of the room between two plans in a plot
 _SMALL = 0.005  # of the peak: too little to be seen in a plot
 _CONTENTS = {
@@ -217,9 +217,9 @@ def _collective_table(plan: Plan) -> rich.table.Table:
 
 
 def _buffer_table(plan: Plan) -> rich.table.Table:
-    table = _table("largest buffers at the peak", "kind", "bytes", "array", "from")
+    table = _table("largest buffers at the peak", "kind", "bytes", "array", "from", "file")
     for buffer in plan.largest_buffers[:LISTED_BUFFERS]:
-        table.add_row(buffer.kind, _bytes(buffer.num_bytes), buffer.type, _shortened(buffer.origin))
+        table.add_row(buffer.kind, _bytes(buffer.num_bytes), buffer.type, _shortened(buffer.origin), buffer.file)
     return table
 
 
@@ -234,7 +234,7 @@ def _shortened(origin: str) -> str:
 def _table(title: str, *columns: str) -> rich.table.Table:
     table = rich.table.Table(title=title, title_justify="left")
     for column in columns:
-        is_text = column in ("kind", "resource", "collective", "axes", "array", "from", "what", "layout")
+        is_text = column in ("kind", "resource", "collective", "axes", "array", "from", "file", "what", "layout")
         table.add_column(column, justify="left" if is_text else "right", overflow="fold")
     return table
 

@@ -71,3 +71,18 @@ def test_kinds_add_up_to_what_the_compiler_allocates(peak):
 def test_largest_buffers_come_first(peak):
     sizes = [buffer.num_bytes for buffer in peak.largest]
     assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("inside", "expected"),
+    [
+        (["dsv3_jax/sharding/collectives.py", "dsv3_jax/sharding/expert_exchange.py"], True),
+        (["dsv3_jax/kernels/expert_rows.py", "dsv3_jax/sharding/row_packing.py"], True),
+        (["dsv3_jax/kernels/swiglu.py", "dsv3_jax/model/experts.py", "dsv3_jax/sharding/expert_exchange.py"], False),
+        (["dsv3_jax/fp8/experts.py", "dsv3_jax/sharding/expert_exchange.py"], False),
+        (["dsv3_jax/model/attention.py"], False),
+    ],
+)
+def test_what_experts_compute_within_the_exchange_is_not_its_own(inside, expected):
+    outside = ["dsv3_jax/model/moe.py", "dsv3_jax/train/step.py"]
+    assert memory.is_exchange(tuple(f"/anywhere/{file}" for file in inside + outside)) == expected

@@ -18,7 +18,9 @@ PLAN = Plan(
     hardware=hardware.HARDWARE["h200"],
     tokens=64_000,
     memory={memory.MASTERS: 20 * GB, memory.WEIGHTS: 30 * GB, memory.GRADIENTS: 50 * GB, memory.TEMPORARIES: 10 * GB},
-    largest_buffers=(memory.Buffer("w", memory.GRADIENTS, 27 * GB, "f32[58,4,7168]", "jit(step)/transpose(jvp())"),),
+    largest_buffers=(
+        memory.Buffer("w", memory.GRADIENTS, 27 * GB, "f32[58,4,7168]", "jit(step)/transpose(jvp())", "model/moe.py"),
+    ),
     usable_memory=146 * GB,
     flops={"bf16": 1e15},
     needed_flops=8e14,
@@ -96,6 +98,7 @@ def test_table_shows_kinds_resources_and_collectives(capsys):
         "7.00 GB",
         "does not fit",
         "f32[58,4,7168]",
+        "model/moe.py",
         "data sheet",
     ):
         assert text in shown, text
