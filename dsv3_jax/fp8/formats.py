@@ -115,25 +115,44 @@ def quantize_weight_blocks(weight_RK: jax.Array) -> QuantizedArray:
       weight_RK: [..., R, K], computed in float32; leading dimensions are separate matrices.
     """
     weight_RK = weight_RK.astype(jnp.float32)
-    # As integers, whose largest is NaN where there is one: XLA's maximum of floats sometimes loses it.
-    magnitude_bits = jax.lax.bitcast_convert_type(jnp.abs(_split(_split(weight_RK, -1), -3)), jnp.int32)
-    amax_rk = jax.lax.bitcast_convert_type(magnitude_bits.max(axis=(-3, -1)), jnp.float32)
-    scales_rk = _divide(jnp.where(amax_rk < MIN_AMAX, MIN_AMAX, amax_rk), E4M3_MAX)
-    quotients_RK = _divide(weight_RK, _spread_blocks(scales_rk, weight_RK.shape))
-    codes_RK = jnp.clip(quotients_RK, -E4M3_MAX, E4M3_MAX).astype(E4M3)
-    unused = padded_blocks(weight_RK.shape[-1]) - scales_rk.shape[-1]
-    return QuantizedArray(codes_RK, jnp.pad(scales_rk, _pad_widths(scales_rk.ndim, -1, unused)), "block")
+    amax_rk = largest_magnitudes(_split(_split(weight_RK, -1), -3), (-3, -1))
+    scales_rk = block_scales(amax_rk)
+    codes_RK = divide_by_scales(weight_RK, _spread_blocks(scales_rk, weight_RK.shape))
+    return QuantizedArray(codes_RK, pad_block_scales(scales_rk), "block")
+
+
+def largest_magnitudes(x: jax.Array, dims: tuple[int, ...]) -> jax.Array:
+    """Returns the bits of the largest magnitudes of float32 along dimensions, int32: those of NaN where there is one.
+
+    XLA's maximum of floats sometimes loses it.
+    """
+    return jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32).max(axis=dims)
+
+
+def block_scales(magnitude_bits: jax.Array) -> jax.Array:
+    """Returns the scales of weight blocks, float32, given the bits of their largest magnitudes."""
+    amax = jax.lax.bitcast_convert_type(magnitude_bits, jnp.float32)
+    return _divide(jnp.where(amax < MIN_AMAX, MIN_AMAX, amax), E4M3_MAX)
+
+
+def divide_by_scales(weight: jax.Array, scales: jax.Array) -> jax.Array:
+    """Returns the codes of float32 weights, given the scale of each in an array that broadcasts."""
+    return jnp.clip(_divide(weight, scales), -E4M3_MAX, E4M3_MAX).astype(E4M3)
+
+
+def pad_block_scales(scales_rk: jax.Array) -> jax.Array:
+    """Appends the unused columns that `QuantizedArray` has."""
+    unused = -scales_rk.shape[-1] % 4
+    return jnp.pad(scales_rk, _pad_widths(scales_rk.ndim, -1, unused))
 
 
 @jax.jit
 def transpose_blocks(quantized: QuantizedArray) -> QuantizedArray:
     """Transposes block-quantized [..., R, K] to [..., K, R], exactly: the transpose of a block is a block."""
     require_quantized(quantized, "quantized", tiles=("block",))
-    rows, contraction = quantized.codes.shape[-2:]
+    contraction = quantized.codes.shape[-1]
     scales_kr = jnp.swapaxes(quantized.scales[..., : num_tiles(contraction)], -1, -2)
-    unused = padded_blocks(rows) - scales_kr.shape[-1]
-    scales_kr = jnp.pad(scales_kr, _pad_widths(scales_kr.ndim, -1, unused))
-    return QuantizedArray(jnp.swapaxes(quantized.codes, -1, -2), scales_kr, "block")
+    return QuantizedArray(jnp.swapaxes(quantized.codes, -1, -2), pad_block_scales(scales_kr), "block")
 
 
 @jax.jit

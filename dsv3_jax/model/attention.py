@@ -11,11 +11,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8.attention import attention_and_projection
-from dsv3_jax.fp8.weight import Fp8Weight
 from dsv3_jax.kernels.attention import causal_attention
 from dsv3_jax.model import rope
-from dsv3_jax.model.layers import Normed, as_array, exact_if_float32, linear, linears
-from dsv3_jax.model.params import Linear, declare
+from dsv3_jax.model.layers import Normed, exact_if_float32, linear, linears
+from dsv3_jax.model.params import declare
+from dsv3_jax.model.weights import Linear, as_array, is_fp8
 from dsv3_jax.sharding.collectives import gather_tokens, scatter_tokens
 
 LATENT_EPS = 1e-6  # the official code leaves the latent norms at this, whatever rms_norm_eps says
@@ -133,6 +133,6 @@ class Attention(nnx.Module):
 
     def _attend_and_project(self, *operands: jax.Array | None) -> jax.Array:
         scale = rope.softmax_scale(self.config)
-        if not isinstance(self.o_proj[...], Fp8Weight):
+        if not is_fp8(self.o_proj[...]):
             return linear(causal_attention(*operands, scale=scale), self.o_proj[...], 2)
         return attention_and_projection(*operands, self.o_proj[...], scale=scale)

@@ -77,7 +77,7 @@ def scan_blocks(blocks: Block, x_BTD, cosines, sines, first_key_BT) -> tuple[jax
     graphdef, layers = nnx.split(blocks)
 
     def run_layer(x_BTD, layer):
-        layer = gather_layer(blocks.config, Block(blocks.config, is_moe=blocks.is_moe), layer)
+        layer = gather_layer(layer)
         y_BTD, _, statistics = nnx.merge(graphdef, layer)(x_BTD, cosines, sines, first_key_BT)
         return y_BTD, statistics
 

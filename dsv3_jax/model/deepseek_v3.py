@@ -13,20 +13,20 @@ from dsv3_jax.fp8.weight import warn_without_kernels
 from dsv3_jax.model import rope
 from dsv3_jax.model.block import Block, scan_blocks, scan_blocks_with_cache
 from dsv3_jax.model.cache import Cache
-from dsv3_jax.model.layers import as_array, exact_if_float32, rms_norm
+from dsv3_jax.model.layers import exact_if_float32, rms_norm
 from dsv3_jax.model.mtp import MTPModule, scan_modules
 from dsv3_jax.model.params import (
     cast_from_specs,
     compute_dtype,
     declare,
     declared,
+    has_prepared,
     init_from_specs,
-    is_fp8,
-    is_quantized,
     num_elements,
-    quantize_from_specs,
+    prepare_from_specs,
     stacked,
 )
+from dsv3_jax.model.weights import as_array, is_fp8
 from dsv3_jax.sharding.collectives import gather_tokens, own_tokens, take_token
 from dsv3_jax.sharding.rules import split_param
 
@@ -140,16 +140,15 @@ def cast_params(config: ModelConfig, params: dict) -> dict:
     return cast_from_specs(config, param_specs(config), params)
 
 
-def quantize_params(config: ModelConfig, params: dict) -> dict:
-    """Quantizes what precision=fp8 quantizes, masters beside the codes; otherwise returns the parameters unchanged.
+def prepare_params(config: ModelConfig, params: dict) -> dict:
+    """Rounds or quantizes the weights of linears as config.precision says, masters beside them for their gradients.
 
     The functions of this module do the same inside. A caller that runs several of them between two changes of the
-    parameters does it once, before.
+    parameters does it once, before; devices that keep parts of them, before they gather them.
     """
-    if config.precision != "fp8" or is_quantized(params):
-        return params
-    warn_without_kernels()
-    return quantize_from_specs(config, param_specs(config), params, with_gradient=True)
+    if config.precision == "fp8" and not has_prepared(params):
+        warn_without_kernels()
+    return prepare_from_specs(config, slot_specs(_declared_as(config, params)), params)
 
 
 def count_params(config: ModelConfig, *, with_mtp: bool) -> int:
@@ -249,7 +248,7 @@ def decode_step(config: ModelConfig, params: dict, tokens_B: jax.Array, cache: C
       tokens_B: int32.
       cache: with room for one more token.
     """
-    config, params = _declared_as(config, params), quantize_params(config, params)
+    config, params = _declared_as(config, params), prepare_params(config, params)
     cosines, sines = rope.rotation(config, cache.lengths_B[:, None])
     layers = [(name, layer) for name in ("dense_layers", "moe_layers") for layer in _layers(params.get(name, ()))]
     ends = {name: value for name, value in params.items() if not name.endswith("_layers")}
@@ -300,7 +299,7 @@ def _block_graphdef(config: ModelConfig, *, is_moe: bool) -> nnx.GraphDef:
 
 
 def _bind(config: ModelConfig, params: dict) -> DeepseekV3:
-    return nnx.merge(_graphdef(_declared_as(config, params)), nnx.State(quantize_params(config, params)))
+    return nnx.merge(_graphdef(_declared_as(config, params)), nnx.State(prepare_params(config, params)))
 
 
 def _declared_as(config: ModelConfig, params: dict) -> ModelConfig:

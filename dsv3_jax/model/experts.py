@@ -15,15 +15,16 @@ from dsv3_jax.kernels.expert_rows import (
     sum_rows,
     sum_weighted_rows,
 )
-from dsv3_jax.kernels.grouped_matmul import grouped_matmul, row_alignment
+from dsv3_jax.kernels.grouped_matmul import grouped_matmul, grouped_matmul_gradients, row_alignment
 from dsv3_jax.model.layers import swiglu
+from dsv3_jax.model.weights import RoundedWeight
 
 
 class ExpertWeights(NamedTuple):
     """The weights of the experts that are here."""
 
-    gate_up: jax.Array  # [E, D, 2, F]
-    down: jax.Array  # [E, F, D]
+    gate_up: RoundedWeight  # [E, D, 2, F]
+    down: RoundedWeight  # [E, F, D]
 
 
 class Kept(NamedTuple):
@@ -47,7 +48,7 @@ def forward(
       params: weights of the experts, rounded to x's dtype where they are multiplied.
       max_choices: at least as many as there are choices whose expert is here.
     """
-    num_experts = params.gate_up.shape[0]
+    num_experts = len(params.gate_up.values)
     alignment = row_alignment(max_choices, num_experts)
     rows = plan_rows(experts_RK, num_experts=num_experts, alignment=alignment, max_choices=max_choices)
     gate_up_M2F = checkpoint_name(_multiply(gather_rows(x_RD, rows), params.gate_up, rows), "gate_up")
@@ -61,7 +62,7 @@ def encode_gradient(dy_TD: jax.Array) -> jax.Array:
 
 
 def backward(kept: Kept, dy_RD: jax.Array, params: ExpertWeights) -> tuple[jax.Array, jax.Array, ExpertWeights]:
-    """Returns the gradients of x, of the gate weights (float32) and of the weights (in their own dtypes).
+    """Returns the gradients of x, of the gate weights (float32) and of the weights (in their masters' dtypes).
 
     The outputs of experts are not needed: a gate weight scales the expert's hidden row as well as its output, so
     its gradient is the product of that row with the gradient that the row has before it is scaled.
@@ -79,13 +80,22 @@ def backward(kept: Kept, dy_RD: jax.Array, params: ExpertWeights) -> tuple[jax.A
     return sum_rows(dx_MD, rows), gather_choices(dweights_M, rows), ExpertWeights(dgate_up, ddown)
 
 
-def _multiply(x_MK: jax.Array, weight: jax.Array, rows: ExpertRows) -> jax.Array:
+def _multiply(x_MK: jax.Array, weight: RoundedWeight, rows: ExpertRows) -> jax.Array:
     """Multiplies each expert's rows with its weight [E, K, *N]; returns [M, *N]."""
-    weight_EKN = weight.reshape(*weight.shape[:2], -1)
-    y_MN = grouped_matmul(x_MK, weight_EKN, rows.rows_per_expert_E, alignment=rows.alignment)
-    return y_MN.reshape(-1, *weight.shape[2:])
+    y_MN = grouped_matmul(x_MK, _as_matrices(weight), rows.rows_per_expert_E, alignment=rows.alignment)
+    return y_MN.reshape(-1, *weight.values.shape[2:])
 
 
-def _differentiate(x_MK: jax.Array, weight: jax.Array, rows: ExpertRows, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _differentiate(
+    x_MK: jax.Array, weight: RoundedWeight, rows: ExpertRows, dy: jax.Array
+) -> tuple[jax.Array, RoundedWeight]:
     """Returns the gradients of rows and weight from that of their product."""
-    return jax.vjp(lambda x_MK, weight: _multiply(x_MK, weight, rows), x_MK, weight)[1](dy)
+    dx_MK, dweight_EKN = grouped_matmul_gradients(
+        x_MK, _as_matrices(weight), rows.rows_per_expert_E, dy.reshape(len(dy), -1), alignment=rows.alignment,
+        weight_dtype=weight.master.dtype,
+    )  # fmt: skip
+    return dx_MK, weight.gradient(dweight_EKN.reshape(weight.values.shape))
+
+
+def _as_matrices(weight: RoundedWeight) -> jax.Array:
+    return weight.values.reshape(*weight.values.shape[:2], -1)

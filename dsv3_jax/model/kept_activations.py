@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import rope
 from dsv3_jax.model.block import SAVED_NAMES, Block
-from dsv3_jax.model.params import compute_dtype, quantize_from_specs, with_masters
+from dsv3_jax.model.params import compute_dtype, prepare_from_specs, with_masters
 from dsv3_jax.sharding.collectives import SEQUENCE_AXIS
 from dsv3_jax.sharding.mesh import BATCH_AXES
 from dsv3_jax.sharding.rules import per_device, split_param
@@ -54,9 +54,7 @@ def _block_bytes(
         return y_BTD, statistics
 
     def residuals(masters, x_BTD, rotation):
-        params = masters
-        if config.precision == "fp8":
-            params = quantize_from_specs(config, specs, masters, with_gradient=True)
+        params = prepare_from_specs(config, specs, masters)
         layer = _recording_remat(run, SAVED_NAMES[config.remat_policy], named)
 
         def block(masters, x_BTD):

@@ -13,8 +13,11 @@ from dsv3_jax.fp8 import feed_forward as fp8_feed_forward
 from dsv3_jax.fp8 import linear as fp8_linear
 from dsv3_jax.fp8.weight import Fp8Weight
 from dsv3_jax.kernels.swiglu import swiglu_gradients
-from dsv3_jax.model.params import Linear, declare
+from dsv3_jax.model.params import declare
+from dsv3_jax.model.weights import Linear, RoundedWeight, as_rounded, is_fp8
 from dsv3_jax.sharding.collectives import gather_tokens
+
+Weight = jax.Array | RoundedWeight | Fp8Weight
 
 
 class Normed(NamedTuple):
@@ -33,14 +36,12 @@ class Normed(NamedTuple):
         return rms_norm(self.x, self.weight, self.eps)
 
 
-def linear(x: jax.Array | Normed, weight: jax.Array | Fp8Weight, contracted_dims: int = 1) -> jax.Array:
+def linear(x: jax.Array | Normed, weight: Weight, contracted_dims: int = 1) -> jax.Array:
     """Contracts the last dimensions of x with the first of the weight; see `linears`."""
     return linears(x, (weight,), contracted_dims)[0]
 
 
-def linears(
-    x: jax.Array | Normed, weights: Sequence[jax.Array] | Sequence[Fp8Weight], contracted_dims: int = 1
-) -> tuple[jax.Array, ...]:
+def linears(x: jax.Array | Normed, weights: Sequence[Weight], contracted_dims: int = 1) -> tuple[jax.Array, ...]:
     """Multiplies one input with several weights, in FP8 where they are quantized.
 
     Args:
@@ -51,20 +52,20 @@ def linears(
     Returns:
       [..., *N] for every weight, in x's dtype.
     """
-    if isinstance(weights[0], Fp8Weight):
+    if is_fp8(weights[0]):
         x, norm_weight, eps = x if isinstance(x, Normed) else (x, None, 0.0)
         return fp8_linear.linears(x, weights, norm_weight=norm_weight, eps=eps)
     x = x.value() if isinstance(x, Normed) else x
-    return tuple(_linear(x, weight, contracted_dims) for weight in weights)
+    return tuple(_linear(x, as_rounded(weight), contracted_dims) for weight in weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _linear(x: jax.Array, weight: jax.Array, contracted_dims: int) -> jax.Array:
+def _linear(x: jax.Array, weight: RoundedWeight, contracted_dims: int) -> jax.Array:
     """Contracts the last dimensions of x with the first of the weight.
 
     The weight is rounded to x's dtype; products accumulate in float32, and float32 operands are multiplied in float32
-    on every device (no TF32). The weight's gradient has the weight's own dtype, so that of a float32 master weight is
-    never rounded to bfloat16 (§3.3.2).
+    on every device (no TF32). The weight's gradient has its master's dtype, so that of a float32 master is never
+    rounded to bfloat16 (§3.3.2).
 
     Args:
       x: [..., *K].
@@ -75,7 +76,7 @@ def _linear(x: jax.Array, weight: jax.Array, contracted_dims: int) -> jax.Array:
       [..., *N] in x's dtype.
     """
     x_dims = tuple(range(x.ndim - contracted_dims, x.ndim))
-    return _contract(x, weight.astype(x.dtype), x_dims, tuple(range(contracted_dims)), x.dtype)
+    return _contract(x, weight.values.astype(x.dtype), x_dims, tuple(range(contracted_dims)), x.dtype)
 
 
 def _linear_forward(x, weight, contracted_dims):
@@ -86,18 +87,12 @@ def _linear_backward(contracted_dims, residuals, dy):
     x, weight = residuals
     num_batch_dims = x.ndim - contracted_dims
     batch_dims = tuple(range(num_batch_dims))
-    dy_dims, weight_dims = tuple(range(num_batch_dims, dy.ndim)), tuple(range(contracted_dims, weight.ndim))
-    dx = _contract(dy, weight.astype(dy.dtype), dy_dims, weight_dims, x.dtype)
-    dweight = _contract(x, dy, batch_dims, batch_dims, weight.dtype)
-    return dx, dweight
+    dy_dims, weight_dims = tuple(range(num_batch_dims, dy.ndim)), tuple(range(contracted_dims, weight.values.ndim))
+    dx = _contract(dy, weight.values.astype(dy.dtype), dy_dims, weight_dims, x.dtype)
+    return dx, weight.gradient(_contract(x, dy, batch_dims, batch_dims, weight.master.dtype))
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
-
-
-def as_array(weight: jax.Array | Fp8Weight, contracted: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Returns a weight [*contracted, *N] as numbers, those of its codes where it is quantized."""
-    return weight.dequantize(contracted, dtype) if isinstance(weight, Fp8Weight) else weight.astype(dtype)
 
 
 def _contract(a, b, a_dims, b_dims, dtype) -> jax.Array:
@@ -159,7 +154,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array | Normed) -> jax.Array:
         """Maps [..., D] to [..., D]."""
-        if isinstance(self.gate_up_proj[...], Fp8Weight):
+        if is_fp8(self.gate_up_proj[...]):
             x, norm_weight, eps = x if isinstance(x, Normed) else (x, None, 0.0)
             return fp8_feed_forward.feed_forward(x, self.weights(), norm_weight=norm_weight, eps=eps)
         gate_up = checkpoint_name(linear(x, self.gate_up_proj[...]), "gate_up")

@@ -10,12 +10,12 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8 import experts as fp8_experts
 from dsv3_jax.fp8.feed_forward import FeedForwardWeights, feed_forward
 from dsv3_jax.fp8.linear import pad_rows
-from dsv3_jax.fp8.weight import Fp8Weight
 from dsv3_jax.kernels.block_quantize import quantize_rows
 from dsv3_jax.model import experts
 from dsv3_jax.model.layers import FeedForward, Normed
-from dsv3_jax.model.params import Linear, declare
+from dsv3_jax.model.params import declare
 from dsv3_jax.model.router import balance_loss, route, tokens_per_expert
+from dsv3_jax.model.weights import Linear, as_rounded, is_fp8
 from dsv3_jax.sharding.collectives import size
 from dsv3_jax.sharding.expert_exchange import Capacity, ExpertFunctions, plan_capacity, serve
 from dsv3_jax.sharding.expert_placement import choose_slots
@@ -67,8 +67,8 @@ class MoE(nnx.Module):
             first_token = jax.lax.axis_index(EXPERT_AXES) if capacity else 0
             routing = choose_slots(self.experts.slots_of_expert[...], experts_TK, first_token), weights_TK
         routed = self.experts.gate_up_proj[...], self.experts.down_proj[...]
-        if not isinstance(routed[0], Fp8Weight):
-            weights = experts.ExpertWeights(*routed)
+        if not is_fp8(routed[0]):
+            weights = experts.ExpertWeights(*map(as_rounded, routed))
             y_TD, further_rounds = serve(EXPERTS, x_TD, x_TD, *routing, weights, capacity=capacity)
             y_BTD = y_TD.reshape(x_BTD.shape)
             if has_shared:

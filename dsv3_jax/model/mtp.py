@@ -8,7 +8,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block, remat
 from dsv3_jax.model.layers import linear, rms_norm
 from dsv3_jax.model.moe import MoEStatistics
-from dsv3_jax.model.params import Linear, declare, gather_layer
+from dsv3_jax.model.params import declare, gather_layer
+from dsv3_jax.model.weights import Linear
 from dsv3_jax.sharding.collectives import roll_sequence
 
 
@@ -57,7 +58,7 @@ def scan_modules(
 
     def run_module(carry, layer):
         h_BTD, embedded_BTD = carry
-        layer = gather_layer(modules.config, MTPModule(modules.config), layer)
+        layer = gather_layer(layer)
         h_BTD, _, statistics = nnx.merge(graphdef, layer)(h_BTD, embedded_BTD, cosines, sines, first_key_BT)
         with jax.named_scope("mtp"):
             embedded_BTD = roll_sequence(embedded_BTD)

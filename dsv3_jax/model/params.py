@@ -5,8 +5,10 @@ plain nested dict, the module tree's attribute names as keys.
 """
 
 import dataclasses
+import functools
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,20 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.fp8.weight import Fp8Weight, quantize_weight
-from dsv3_jax.sharding.zero import gather_parts, is_part
+from dsv3_jax.fp8.weight import quantize_weight
+from dsv3_jax.model.weights import Linear, gather_weight, is_prepared, prepare_weight
+from dsv3_jax.sharding.zero import is_part
 
 FLOAT32_PARAMS = ("input_layernorm", "post_attention_layernorm", "q_a_layernorm", "kv_a_layernorm", "norm", "enorm",
                   "hnorm", "gate", "e_score_correction_bias")  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear:
-    """How a weight [*batch, *K, *N] multiplies: matrix by matrix of its batch it contracts K."""
-
-    contracted_dims: int = 1
-    batch_dims: int = 0
-    cache_setting: str = "fp8_input_cache"  # the setting that says what is kept of its input for the backward pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,51 +82,50 @@ def cast_from_specs(config: ModelConfig, specs: dict, params: dict) -> dict:
     """Casts to the precision each parameter is computed in: norms, router and biases stay float32."""
 
     def cast(path, value):
-        if isinstance(value, Fp8Weight):
+        if is_prepared(value):
             return value
         return value.astype(jnp.float32 if path[-1].key in FLOAT32_PARAMS else compute_dtype(config))
 
-    if config.precision == "fp8" and not is_quantized(params):
-        params = quantize_from_specs(config, specs, params, with_gradient=False)
-    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_fp8)
+    def quantize(linear: Linear, weight: jax.Array):
+        return quantize_weight(
+            weight, contracted_dims=linear.contracted_dims, batch_dims=linear.batch_dims,
+            input_cache=getattr(config, linear.cache_setting), with_gradient=False,
+        )  # fmt: skip
+
+    if config.precision == "fp8" and not has_prepared(params):
+        params = _map_linears(quantize, specs, params)
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_prepared)
 
 
-def quantize_from_specs(config: ModelConfig, specs: dict, params: dict | tuple, *, with_gradient: bool) -> dict | tuple:
-    """Puts `Fp8Weight`s in the place of the linears' weights.
+def prepare_from_specs(config: ModelConfig, specs: dict, params: dict) -> dict:
+    """Puts the weights of linears, arrays or parts, in the form in which they are computed with and differentiated.
 
     Args:
       params: tree of the specs; a stack of layers may be a tuple of layers.
-      with_gradient: see `fp8.weight.quantize_weight`.
     """
+    if config.precision == "fp32" or has_prepared(params):
+        return params
+    return _map_linears(functools.partial(prepare_weight, config), specs, params)
+
+
+def _map_linears(function: Callable, specs: Any, params: Any) -> Any:
+    """Puts function(linear, weight) in the place of the linears' weights."""
     if isinstance(params, tuple):
         specs = jax.tree.map(ParamSpec.unstacked, specs)
-        return tuple(quantize_from_specs(config, specs, layer, with_gradient=with_gradient) for layer in params)
+        return tuple(_map_linears(function, specs, layer) for layer in params)
     if isinstance(params, dict):
-        return {
-            name: quantize_from_specs(config, specs[name], value, with_gradient=with_gradient)
-            for name, value in params.items()
-        }
-    if specs.linear is None or is_part(params):
-        return params
-    return quantize_weight(
-        params, contracted_dims=specs.linear.contracted_dims, batch_dims=specs.linear.batch_dims,
-        input_cache=getattr(config, specs.linear.cache_setting), with_gradient=with_gradient,
-    )  # fmt: skip
+        return {name: _map_linears(function, specs[name], value) for name, value in params.items()}
+    return params if specs.linear is None else function(specs.linear, params)
 
 
-def gather_layer(config: ModelConfig, module: nnx.Module, layer: nnx.State) -> nnx.State:
-    """Returns the parameters of one layer ready to be computed with, where devices keep parts of them (FSDP).
+def gather_params(params: dict) -> dict:
+    """Returns the parameters ready to be computed with, where devices keep parts of them."""
+    return jax.tree.map(gather_weight, params, is_leaf=_is_leaf)
 
-    Args:
-      module: declares the parameters of such a layer.
-    """
-    params = nnx.to_pure_dict(layer)
-    if not any(map(is_part, jax.tree.leaves(params, is_leaf=is_part))):
-        return layer
-    params = gather_parts(params)
-    if config.precision == "fp8":
-        params = quantize_from_specs(config, declared(module), params, with_gradient=True)
-    return nnx.State(params)
+
+def gather_layer(layer: nnx.State) -> nnx.State:
+    """Returns the parameters of one layer ready to be computed with, where devices keep parts of them (FSDP)."""
+    return nnx.State(gather_params(nnx.to_pure_dict(layer)))
 
 
 def declared(module: nnx.Module) -> dict:
@@ -140,26 +133,30 @@ def declared(module: nnx.Module) -> dict:
     return nnx.to_pure_dict(nnx.split(module)[1])
 
 
-def is_fp8(value: Any) -> bool:
-    """Tells whether a leaf of a parameter tree is the weight of an FP8 linear."""
-    return isinstance(value, Fp8Weight)
+def has_prepared(params: dict) -> bool:
+    """Tells whether a parameter tree holds weights in the form in which they are computed with."""
+    return any(map(is_prepared, jax.tree.leaves(params, is_leaf=is_prepared)))
 
 
-def is_quantized(params: dict) -> bool:
-    """Tells whether a parameter tree holds weights of FP8 linears."""
-    return any(map(is_fp8, jax.tree.leaves(params, is_leaf=is_fp8)))
+def masters_of(params: dict) -> dict:
+    """Returns what gradients belong to: masters in the place of prepared weights, other leaves as they are."""
+    return jax.tree.map(lambda leaf: leaf.master if is_prepared(leaf) else leaf, params, is_leaf=_is_leaf)
 
 
 def with_masters(params: dict, masters: dict) -> dict:
-    """Returns the parameters with every float array from the tree of masters, codes as they are.
+    """Returns the parameters with every float array from the tree of masters, prepared values as they are.
 
-    What is differentiated by the masters then has no gradient for codes, not even zeros.
+    What is differentiated by the masters then has no gradient for those values, not even zeros.
     """
 
     def attach(value, master):
-        return dataclasses.replace(value, master=master) if is_fp8(value) else master
+        return dataclasses.replace(value, master=master) if is_prepared(value) else master
 
-    return jax.tree.map(attach, params, masters, is_leaf=is_fp8)
+    return jax.tree.map(attach, params, masters, is_leaf=_is_leaf)
+
+
+def _is_leaf(value: Any) -> bool:
+    return is_prepared(value) or is_part(value)
 
 
 def num_elements(specs: dict) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import ModelConfig, require
-from dsv3_jax.model import decode_step, init_cache, prefill, quantize_params, split_layers
+from dsv3_jax.model import decode_step, init_cache, prefill, prepare_params, split_layers
 from dsv3_jax.serve.sampling import sample
 
 SMALLEST_BUCKET = 32  # prompts and outputs are padded to powers of two from here on: few programs serve all lengths
@@ -63,7 +63,7 @@ def _generate(
     config, params, tokens_BT, lengths_B, max_new_tokens, temperature, top_p, key, num_token_ids, *, new_bucket
 ):  # fmt: skip
     """Returns the new tokens [B, new_bucket] and how many of each row count."""
-    params = quantize_params(config, params)
+    params = prepare_params(config, params)
     batch_size, prompt_bucket = tokens_BT.shape
     cache_length = min(prompt_bucket + new_bucket, config.max_position_embeddings)
     logits_BV, cache = prefill(config, params, tokens_BT, lengths_B, init_cache(config, batch_size, cache_length))

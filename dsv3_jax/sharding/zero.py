@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.sharding.collectives import size, sum_over
 from dsv3_jax.sharding.mesh import AXES
+
+_BITS = {jnp.dtype(jnp.float8_e4m3fn): jnp.uint8, jnp.dtype(jnp.bfloat16): jnp.uint16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +51,53 @@ class Part:
 
     @jax.named_scope("gather_weights")
     def gather(self) -> jax.Array:
-        """Joins the parts of all devices; the gradient is summed over them and split again."""
+        """Joins the parts of all devices; the gradient of float32 is summed over them and split again.
+
+        Narrower floats travel as integers, which no compiler widens on the way.
+        """
+        dtype = self.array.dtype
+        if dtype in _BITS:
+            bits = self.map(lambda array: jax.lax.bitcast_convert_type(array, _BITS[dtype]))
+            return jax.lax.bitcast_convert_type(bits.gather(), dtype)
         whole = self.array
         for dim, axes in self.splits:
             whole = jax.lax.all_gather(whole, axes, axis=whole.ndim + dim, tiled=True)
         return whole
+
+    def gradient_slot(self) -> jax.Array:
+        """Returns zeros of the whole's shape whose gradient is summed over all devices and split again.
+
+        They take the gradient where something else, made of the part, is gathered and computed with. Nothing reads
+        them, so that the compiled program does not hold them.
+        """
+        return _slot(self.splits, self.array)
+
+    def whole_shape(self) -> tuple[int, ...]:
+        """Returns the shape of what `gather` joins."""
+        shape = list(self.array.shape)
+        for dim, axes in self.splits:
+            shape[dim] *= size(axes)
+        return tuple(shape)
+
+    def map(self, function: Callable) -> "Part":
+        """Returns a part of what the function makes of the whole, element by element."""
+        return Part(function(self.array), self.splits)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _slot(splits: tuple, part: jax.Array) -> jax.Array:
+    return jnp.zeros(Part(part, splits).whole_shape(), part.dtype)
+
+
+def _slot_forward(splits, part):
+    return _slot(splits, part), None
+
+
+def _slot_backward(splits, _, gradient):
+    return (scatter_gradient(gradient, splits),)
+
+
+_slot.defvjp(_slot_forward, _slot_backward)
 
 
 def is_part(value: Any) -> bool:
@@ -64,16 +110,17 @@ def as_part(array: jax.Array, split: Split) -> Part:
     return Part(array, split.further())
 
 
-def gather_parts(params: dict) -> dict:
-    """Returns a tree of parameters with whole ones in the place of parts."""
-    return jax.tree.map(lambda leaf: leaf.gather() if is_part(leaf) else leaf, params, is_leaf=is_part)
+def scatter_gradient(gradient: jax.Array, splits: tuple[tuple[int, tuple[str, ...]], ...]) -> jax.Array:
+    """Sums what the devices that share a parameter found for the whole; each receives the part that it keeps."""
+    for dim, axes in splits:
+        gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=gradient.ndim + dim, tiled=True)
+    return gradient
 
 
 def reduce_gradient(gradient: jax.Array | Part, split: Split) -> jax.Array:
-    """Sums what all devices found for a parameter; each receives the part that it keeps."""
-    if is_part(gradient):
-        gradient = gradient.array  # gathered where it was used, so the sum over these parts has been taken
-    else:
-        for dim, axes in split.further():
-            gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=gradient.ndim + dim, tiled=True)
-    return sum_over(gradient, split.copies())
+    """Sums what all devices found for a parameter; each receives the part that it keeps.
+
+    Of a part the sum over those that share it has been taken, where it was gathered.
+    """
+    own = gradient.array if is_part(gradient) else scatter_gradient(gradient, split.further())
+    return sum_over(own, split.copies())

@@ -10,11 +10,11 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig, RunConfig, require
 from dsv3_jax.data import EvaluationBatch, Tokenizer
-from dsv3_jax.model import cast_params, document_starts, forward, param_splits
+from dsv3_jax.model import cast_params, document_starts, forward, gather_params, param_splits, prepare_params
 from dsv3_jax.sharding.collectives import SEQUENCE_AXIS, own_tokens
 from dsv3_jax.sharding.mesh import BATCH_AXES, num_batch_shards
 from dsv3_jax.sharding.rules import batch_sharding, batch_spec, per_device, replicated
-from dsv3_jax.sharding.zero import as_part, gather_parts
+from dsv3_jax.sharding.zero import as_part
 from dsv3_jax.train.batches import place_rows
 from dsv3_jax.train.loss import chunk_columns, token_cross_entropy
 
@@ -57,7 +57,8 @@ def make_score_tokens(config: ModelConfig, mesh: jax.sharding.Mesh, *, chunk_tok
         return token_cross_entropy(h_BTD, params["lm_head"], targets_Bt, chunk_columns(targets_Bt.shape, chunk_tokens))
 
     def score_parts(parts: dict, tokens_BT1: jax.Array) -> jax.Array:
-        return score(gather_parts(jax.tree.map(as_part, parts, param_splits(config, mesh))), tokens_BT1)
+        own = jax.tree.map(as_part, parts, param_splits(config, mesh))
+        return score(gather_params(prepare_params(config, own)), tokens_BT1)
 
     scores = PartitionSpec(BATCH_AXES, SEQUENCE_AXIS)
     if mesh.size == 1:

@@ -11,11 +11,11 @@ import optax
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import RunConfig, require
-from dsv3_jax.model import param_splits, quantize_params, with_masters
+from dsv3_jax.model import gather_params, masters_of, param_splits, prepare_params, with_masters
 from dsv3_jax.sharding.collectives import max_over, sum_over
 from dsv3_jax.sharding.mesh import AXES, Work, check_mesh
 from dsv3_jax.sharding.rules import batch_sharding, batch_spec, per_device, replicated
-from dsv3_jax.sharding.zero import as_part, gather_parts, is_part, reduce_gradient
+from dsv3_jax.sharding.zero import as_part, is_part, reduce_gradient
 from dsv3_jax.train import schedule
 from dsv3_jax.train.loss import Losses, Routing, training_loss
 from dsv3_jax.train.optimizer import CORRECTION_BIAS, adamw, clip_factor, global_norm
@@ -110,17 +110,16 @@ def _device_share(
     """Computes on one device: its part of the summed gradients; losses and routing of the whole batch."""
     splits = param_splits(config.model, mesh)
     is_layered = {name: config.mesh.fsdp and name.endswith("_layers") for name in masters}
-    parts = jax.tree.map(as_part, masters, splits)
-    params = {name: tree if is_layered[name] else gather_parts(tree) for name, tree in parts.items()}
-    quantized = quantize_params(config.model, params)  # once, for all passes
+    parts = prepare_params(config.model, jax.tree.map(as_part, masters, splits))  # once, for all passes
+    params = {name: tree if is_layered[name] else gather_params(tree) for name, tree in parts.items()}
 
     def loss_of_masters(masters, tokens_BT1):
         return training_loss(
-            config, with_masters(quantized, masters), tokens_BT1, mtp_loss_weight=scalars["mtp_loss_weight"]
+            config, with_masters(params, masters), tokens_BT1, mtp_loss_weight=scalars["mtp_loss_weight"]
         )
 
     gradient = jax.grad(loss_of_masters, has_aux=True)
-    grads, losses, routing = _sum_over_passes(gradient, params, tokens_ABT, scalars["num_passes"])
+    grads, losses, routing = _sum_over_passes(gradient, masters_of(params), tokens_ABT, scalars["num_passes"])
     with jax.named_scope("sum_gradients"):
         grads = jax.tree.map(reduce_gradient, grads, splits, is_leaf=is_part)
     with jax.named_scope("metrics"):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.model.moe import MoE
-from dsv3_jax.model.params import declared, quantize_from_specs, with_masters
+from dsv3_jax.model.params import declared, prepare_from_specs, with_masters
 from dsv3_jax.sharding.mesh import BATCH_AXES, EXPERT_AXES, make_mesh
 from dsv3_jax.sharding.rules import per_device, split_param
 from dsv3_jax.testing.networks import telling_params
@@ -28,7 +28,7 @@ CAPACITIES = {0.25: MeshConfig(node=2, gpu=2, tensor=2), 1.25: MeshConfig(node=2
 def differentiate(config, masters, x_BTD, dy_BTD):
     """Returns a layer's output and the gradients of its input and of its parameters."""
     layer = MoE(config)
-    params = quantize_from_specs(config, declared(layer), masters, with_gradient=True)
+    params = prepare_from_specs(config, declared(layer), masters)
     graphdef = nnx.split(layer)[0]
 
     def run(masters, x_BTD):

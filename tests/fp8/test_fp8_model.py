@@ -14,7 +14,7 @@ from dsv3_jax.checkpoint import hf
 from dsv3_jax.checkpoint.hf_source import list_tensors
 from dsv3_jax.config import override
 from dsv3_jax.model.kept_activations import kept_bytes
-from dsv3_jax.model.params import is_fp8
+from dsv3_jax.model.weights import is_fp8
 from dsv3_jax.serve.engine import generate_tokens
 from dsv3_jax.testing.networks import QUICK_COMPILE, random_tokens, telling_params
 
@@ -42,7 +42,7 @@ def paths(params, is_wanted):
 def test_every_linear_and_nothing_else_is_quantized():
     config = fp8_config(num_nextn_predict_layers=1)
     shapes = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), model.param_specs(config))
-    quantized = jax.eval_shape(functools.partial(model.quantize_params, config), shapes)
+    quantized = jax.eval_shape(functools.partial(model.prepare_params, config), shapes)
     attention = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
     feed_forward = {"gate_up_proj", "down_proj"}
     of_layer = {f"self_attn/{name}" for name in attention}
@@ -57,7 +57,7 @@ def test_every_linear_and_nothing_else_is_quantized():
 
 def test_quantized_and_raw_parameters_give_the_same_bits():
     raw = compiled_logits(DENSE)(DENSE_PARAMS, TOKENS)
-    for prepare in (model.quantize_params, model.cast_params):
+    for prepare in (model.prepare_params, model.cast_params):
         np.testing.assert_array_equal(raw, compiled_logits(DENSE)(prepare(DENSE, DENSE_PARAMS), TOKENS))
 
 
@@ -106,7 +106,7 @@ def test_generation_takes_raw_parameters():
 def test_exported_codes_are_those_of_training(tmp_path):
     """Codes and scales of an FP8 directory, gate and up apart, are the blocks that training multiplies."""
     hf.save(tmp_path / "out", CONFIG, PARAMS, dtype="fp8")
-    quantized = model.quantize_params(CONFIG, PARAMS)
+    quantized = model.prepare_params(CONFIG, PARAMS)
     tensors = {name: entry.read() for name, entry in list_tensors(tmp_path / "out").items()}
 
     def assert_same(name, weight, rows=slice(None)):

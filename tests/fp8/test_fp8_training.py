@@ -109,7 +109,7 @@ def test_a_device_without_kernels_is_named_once(caplog):
     weight.warn_without_kernels.cache_clear()
     shapes = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), model.param_specs(CONFIG.model))
     with caplog.at_level("WARNING", logger="absl"):
-        for function in (model.quantize_params, model.cast_params, model.quantize_params):
+        for function in (model.prepare_params, model.cast_params, model.prepare_params):
             jax.eval_shape(functools.partial(function, CONFIG.model), shapes)
     assert [record.getMessage() for record in caplog.records] == [
         "precision=fp8: cpu has no FP8 kernels; the reference computes the same numbers, slowly"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.model import experts
+from dsv3_jax.model.weights import as_rounded
 from dsv3_jax.testing.networks import QUICK_COMPILE
 from dsv3_jax.testing.tolerances import BFLOAT16_VALUES, FLOAT32_VALUES, assert_close
 
@@ -31,8 +32,8 @@ def test_rows_and_gradients_are_those_of_float64_autodiff(dtype, tolerance):
               (NUM_EXPERTS, HIDDEN, WIDTH)]  # fmt: skip
     x, dy, weights, gate_up, down = (rng.normal(size=shape) for shape in shapes)
     x, dy = (np.asarray(jnp.asarray(array, dtype), np.float64) for array in (x, dy))
-    operands = (jnp.asarray(x, dtype), jnp.asarray(dy, dtype), experts_RK, jnp.asarray(weights, jnp.float32),
-                experts.ExpertWeights(jnp.asarray(gate_up, jnp.float32), jnp.asarray(down, jnp.float32)))  # fmt: skip
+    params = experts.ExpertWeights(*(as_rounded(jnp.asarray(array, jnp.float32)) for array in (gate_up, down)))
+    operands = (jnp.asarray(x, dtype), jnp.asarray(dy, dtype), experts_RK, jnp.asarray(weights, jnp.float32), params)
     y_RD, dx_RD, dweights_RK, dparams = run(*operands, max_choices=int((experts_RK < NUM_EXPERTS).sum()))
     with jax.enable_x64(True):
 
@@ -45,9 +46,11 @@ def test_rows_and_gradients_are_those_of_float64_autodiff(dtype, tolerance):
         expected, vjp = jax.vjp(plain, *map(jnp.asarray, (x, weights, gate_up, down)))
         gradients = vjp(jnp.asarray(dy))
     assert y_RD.dtype == dx_RD.dtype == dtype
-    assert dweights_RK.dtype == dparams.gate_up.dtype == dparams.down.dtype == jnp.float32
+    dgate_up, ddown = (gradient.master for gradient in dparams)
+    assert dweights_RK.dtype == dgate_up.dtype == ddown.dtype == jnp.float32
     names = ("y", "dx", "dweights", "dgate_up", "ddown")
-    for name, mine, wanted in zip(names, (y_RD, dx_RD, dweights_RK, *dparams), (expected, *gradients), strict=True):
+    found = (y_RD, dx_RD, dweights_RK, dgate_up, ddown)
+    for name, mine, wanted in zip(names, found, (expected, *gradients), strict=True):
         assert_close(mine, wanted, tolerance, name)
-    np.testing.assert_array_equal(dparams.down[2], 0)
+    np.testing.assert_array_equal(ddown[2], 0)
     np.testing.assert_array_equal(np.asarray(dweights_RK)[experts_RK == NUM_EXPERTS], 0)

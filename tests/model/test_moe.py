@@ -12,6 +12,7 @@ from flax import nnx
 from dsv3_jax.kernels import grouped_matmul as kernel
 from dsv3_jax.model.experts import ExpertWeights
 from dsv3_jax.model.moe import EXPERTS, MoE
+from dsv3_jax.model.weights import as_rounded
 from dsv3_jax.sharding.expert_exchange import serve
 from dsv3_jax.testing import reference
 from dsv3_jax.testing.networks import QUICK_COMPILE, small_config, telling_params
@@ -59,7 +60,7 @@ def test_no_product_runs_over_the_experts():
 
     def loss(experts, x_TD):
         choices_TK = jnp.zeros((len(x_TD), 3), jnp.int32) + jnp.arange(3)
-        params = ExpertWeights(experts["gate_up_proj"], experts["down_proj"])
+        params = ExpertWeights(*(as_rounded(experts[name]) for name in ("gate_up_proj", "down_proj")))
         return serve(EXPERTS, x_TD, x_TD, choices_TK, jnp.ones(choices_TK.shape), params, capacity=None)[0].sum()
 
     x_TD = jnp.ones((2 * 9, config.hidden_size))

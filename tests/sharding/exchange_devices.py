@@ -18,6 +18,7 @@ from dsv3_jax.fp8.weight import quantize_weight
 from dsv3_jax.kernels.block_quantize import quantize_rows
 from dsv3_jax.model import experts
 from dsv3_jax.model.moe import EXPERTS, FP8_EXPERTS, exchange_capacity
+from dsv3_jax.model.weights import as_rounded
 from dsv3_jax.plan import hlo, traffic
 from dsv3_jax.sharding import row_packing
 from dsv3_jax.sharding.exchange_plan import copies_to_send
@@ -403,7 +404,7 @@ def check_experts_of_the_model():
 
     def run(is_fp8, capacity, x_TD, experts_TK, weights_TK, params, cotangent_TD):
         def loss(x_TD, weights_TK, params):
-            functions, payload, weights = EXPERTS, x_TD, experts.ExpertWeights(*params)
+            functions, payload, weights = EXPERTS, x_TD, experts.ExpertWeights(*map(as_rounded, params))
             if is_fp8:
                 payload = fp8_experts.pack(quantize_rows(pad_rows(jax.lax.stop_gradient(x_TD))), x_TD)
                 functions, weights = FP8_EXPERTS, FeedForwardWeights(*map(quantize, params, (1, 1)))

@@ -18,6 +18,7 @@ __all__ = [
     "grouped_fp8_matmul",
     "grouped_fp8_weight_gradient",
     "grouped_matmul",
+    "grouped_matmul_gradients",
     "padded_rows",
     "row_alignment",
 ]
@@ -78,6 +79,39 @@ def grouped_matmul(
       ValueError: an unknown implementation, operands that do not fit together, or what the named implementation does
         not support: the operands or the device.
     """
+    _require_fit(x_MK, w_EKN, group_sizes_E, alignment)
+    if not dispatch.runs_pallas(implementation, _unsupported(x_MK, w_EKN, alignment)):
+        return reference.grouped_matmul(x_MK, w_EKN, group_sizes_E, alignment)
+    from dsv3_jax.kernels.grouped_matmul import pallas_gpu  # loads Mosaic: seconds that a CPU process can save
+
+    return pallas_gpu.grouped_matmul(x_MK, w_EKN, group_sizes_E)
+
+
+def grouped_matmul_gradients(
+    x_MK: jax.Array,
+    w_EKN: jax.Array,
+    group_sizes_E: jax.Array,
+    dy_MN: jax.Array,
+    *,
+    alignment: int,
+    weight_dtype: jnp.dtype,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of x and w from that of `grouped_matmul`, which takes the same arguments.
+
+    Args:
+      dy_MN: gradient of the product.
+      weight_dtype: dtype of w's gradient, [E, K, N]; x's has that of x.
+    """
+    _require_fit(x_MK, w_EKN, group_sizes_E, alignment)
+    if not dispatch.runs_pallas(implementation, _unsupported(x_MK, w_EKN, alignment)):
+        return reference.gradients(x_MK, w_EKN, group_sizes_E, dy_MN, alignment, weight_dtype)
+    from dsv3_jax.kernels.grouped_matmul import pallas_gpu  # see `grouped_matmul`
+
+    return pallas_gpu.gradients(x_MK, w_EKN, group_sizes_E, dy_MN, weight_dtype)
+
+
+def _require_fit(x_MK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, alignment: int) -> None:
     num_rows, contraction = x_MK.shape
     num_groups, w_contraction, _ = w_EKN.shape
     if contraction != w_contraction or group_sizes_E.shape != (num_groups,) or num_rows % alignment:
@@ -85,11 +119,6 @@ def grouped_matmul(
             f"x {x_MK.shape}, w {w_EKN.shape}, group_sizes {group_sizes_E.shape}, alignment {alignment}: "
             "need x [M, K], w [E, K, N], group_sizes [E] and M a multiple of the alignment"
         )
-    if not dispatch.runs_pallas(implementation, _unsupported(x_MK, w_EKN, alignment)):
-        return reference.grouped_matmul(x_MK, w_EKN, group_sizes_E, alignment)
-    from dsv3_jax.kernels.grouped_matmul import pallas_gpu  # loads Mosaic: seconds that a CPU process can save
-
-    return pallas_gpu.grouped_matmul(x_MK, w_EKN, group_sizes_E)
 
 
 def _unsupported(x_MK: jax.Array, w_EKN: jax.Array, alignment: int) -> str | None:

@@ -13,7 +13,6 @@ on an H200 678 to 720 TFLOP/s over both expert linears and all passes, 0.93 to 0
 """
 
 import functools
-import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dsv3_jax.kernels.device import NUM_SMS
 from dsv3_jax.kernels.grouped_matmul import tuned
 from dsv3_jax.kernels.grouped_matmul.tuned import ROW_ALIGNMENT, STEP
-from dsv3_jax.kernels.hopper import PRODUCER_REGISTERS, WARPGROUP_ROWS, Cluster, consumer_registers, segmented
+from dsv3_jax.kernels.hopper import PRODUCER_REGISTERS, WARPGROUP_ROWS, consumer_registers, segmented
 
 
 @jax.custom_vjp
@@ -46,12 +45,18 @@ def _forward(x_MK, w_EKN, group_sizes_E):
 
 def _backward(residuals, dy_MN):
     x_MK, w_EKN, group_sizes_E = residuals
-    dx_MK = rows_times_weights(dy_MN, w_EKN.astype(dy_MN.dtype), group_sizes_E, weights_are_transposed=True)
-    dw_EKN = weight_gradient(x_MK, dy_MN, group_sizes_E, out_dtype=w_EKN.dtype)
-    return dx_MK, dw_EKN, None
+    return *gradients(x_MK, w_EKN, group_sizes_E, dy_MN, w_EKN.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
+
+
+def gradients(
+    x_MK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, dy_MN: jax.Array, weight_dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of rows, in their dtype, and matrices, from that of the product."""
+    dx_MK = rows_times_weights(dy_MN, w_EKN.astype(dy_MN.dtype), group_sizes_E, weights_are_transposed=True)
+    return dx_MK, weight_gradient(x_MK, dy_MN, group_sizes_E, out_dtype=weight_dtype)
 
 
 def rows_times_weights(
@@ -78,11 +83,11 @@ def rows_times_weights(
     columns = w_EKN.shape[1] if weights_are_transposed else w_EKN.shape[2]
     if tile is None:
         tile = tuned.rows_times_weights(columns)
-    bundles = _bundles(group_sizes_E, num_rows // ROW_ALIGNMENT, tile.cluster)
+    num_tiles = num_rows // ROW_ALIGNMENT
 
-    def blocks_of(refs, _, bundle, row, column):
-        x_ref, w_ref, group_of_bundle_ref, *_ = refs
-        group = group_of_bundle_ref[bundle]
+    def blocks_of(refs, _, row, column):
+        x_ref, w_ref, group_of_tile_ref, _ = refs
+        group = group_of_tile_ref[row]
         rows, out_columns = pl.ds(row * tile.rows, tile.rows), pl.ds(column * tile.columns, tile.columns)
 
         def blocks_of_step(step):
@@ -92,17 +97,12 @@ def rows_times_weights(
 
         return blocks_of_step
 
-    def row_of(refs, bundle, rank):
-        *_, first_tile_ref, last_tile_ref, _ = refs
-        return jnp.minimum(first_tile_ref[bundle] + rank, last_tile_ref[bundle])
-
     return _persistent_matmul(
-        (x_MK, w_EKN, *bundles),
+        (x_MK, w_EKN, *_groups_of_tiles(group_sizes_E, num_tiles)),
         out_type=jax.ShapeDtypeStruct((num_rows, columns), x_MK.dtype),
         tile=tile,
-        grid=(1, bundles.group.shape[0], pl.cdiv(columns, tile.columns)),
-        num_steps=lambda refs, _, bundle: jnp.where(bundle < refs[-1][0], contraction // STEP, 0),
-        row_of=row_of,
+        grid=(1, num_tiles, pl.cdiv(columns, tile.columns)),
+        num_steps=lambda refs, _, row: jnp.where(row < refs[-1][0], contraction // STEP, 0),
         blocks_of=blocks_of,
         out_block=lambda out_ref, _, rows, out_columns: out_ref.at[rows, out_columns],
         lhs_is_transposed=False,
@@ -126,7 +126,7 @@ def weight_gradient(
     blocks_E = -(-group_sizes_E // ROW_ALIGNMENT) * (ROW_ALIGNMENT // STEP)
     starts_E = jnp.cumsum(blocks_E) - blocks_E
 
-    def blocks_of(refs, group, _, row, column):
+    def blocks_of(refs, group, row, column):
         x_ref, dy_ref, starts_ref, _ = refs
         start = starts_ref[group]
         x_columns, dy_columns = pl.ds(row * tile.rows, tile.rows), pl.ds(column * tile.columns, tile.columns)
@@ -141,9 +141,8 @@ def weight_gradient(
         (x_MK, dy_MN, starts_E, blocks_E),
         out_type=jax.ShapeDtypeStruct((num_groups, width, columns), out_dtype),
         tile=tile,
-        grid=(num_groups, pl.cdiv(width, tile.rows * tile.cluster), pl.cdiv(columns, tile.columns)),
+        grid=(num_groups, pl.cdiv(width, tile.rows), pl.cdiv(columns, tile.columns)),
         num_steps=lambda refs, group, _: refs[3][group],
-        row_of=lambda _, bundle, rank: bundle * tile.cluster + rank,
         blocks_of=blocks_of,
         out_block=lambda out_ref, group, rows, out_columns: out_ref.at[group, rows, out_columns],
         lhs_is_transposed=True,
@@ -151,36 +150,12 @@ def weight_gradient(
     )
 
 
-class _Bundles(typing.NamedTuple):
-    """The row tiles that a cluster takes together: of one group, so that they share its weights."""
-
-    group: jax.Array  # int32 per bundle
-    first_tile: jax.Array  # int32 per bundle
-    last_tile: jax.Array  # int32 per bundle: of its group; a cluster with fewer tiles than blocks repeats this one
-    num_live: jax.Array  # int32 [1]: later bundles hold no rows, only tiles to be zeroed
-
-
-def _bundles(group_sizes_E: jax.Array, num_tiles: int, size: int) -> _Bundles:
-    """Bundles the row tiles of every group, then those past the last group; bundles left over lie outside the rows."""
+def _groups_of_tiles(group_sizes_E: jax.Array, num_tiles: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the group of every row tile, and how many tiles hold rows, [1]: later ones are only to be zeroed."""
     (num_groups,) = group_sizes_E.shape
-    live_tiles_E = -(-group_sizes_E // ROW_ALIGNMENT)
-    tiles = jnp.append(live_tiles_E, num_tiles - live_tiles_E.sum())
-    bundles_end = jnp.cumsum(-(-tiles // size))
-    tiles_end = jnp.cumsum(tiles)
-    num_bundles = (num_tiles + (num_groups + 1) * (size - 1)) // size
-    index = jnp.arange(num_bundles)
-    group = jnp.searchsorted(bundles_end, index, side="right", method="compare_all")
-    is_left_over = group > num_groups
-    group = jnp.minimum(group, num_groups)
-    first_bundle = bundles_end[group] - -(-tiles[group] // size)
-    first_tile = tiles_end[group] - tiles[group] + (index - first_bundle) * size
-    int32 = functools.partial(jnp.asarray, dtype=jnp.int32)
-    return _Bundles(
-        group=int32(jnp.minimum(group, num_groups - 1)),
-        first_tile=int32(jnp.where(is_left_over, num_tiles, first_tile)),
-        last_tile=int32(jnp.where(is_left_over, num_tiles, tiles_end[group] - 1)),
-        num_live=int32(bundles_end[num_groups - 1 : num_groups]),
-    )
+    tiles_end = jnp.cumsum(-(-group_sizes_E // ROW_ALIGNMENT))
+    group = jnp.searchsorted(tiles_end, jnp.arange(num_tiles), side="right", method="compare_all")
+    return jnp.minimum(group, num_groups - 1).astype(jnp.int32), tiles_end[-1:].astype(jnp.int32)
 
 
 def _persistent_matmul(
@@ -190,50 +165,44 @@ def _persistent_matmul(
     tile: tuned.Tile,
     grid: tuple[int, int, int],
     num_steps: Callable,
-    row_of: Callable,
     blocks_of: Callable,
     out_block: Callable,
     lhs_is_transposed: bool,
     rhs_is_transposed: bool,
 ) -> jax.Array:
-    """Runs the pipeline over a (group, bundle, column tile) grid; a cluster of blocks takes a bundle of row tiles.
+    """Runs the pipeline over a (group, row tile, column tile) grid.
 
     Args:
       operands: arrays in device memory; the callables get their references.
       out_type: shape and dtype of the result.
       tile: shape of the work of one thread block.
-      grid: number of groups, bundles and column tiles.
-      num_steps: (references, group, bundle) -> how many stages of the contraction its tiles have, may be 0.
-      row_of: (references, bundle, rank in the cluster) -> row tile.
-      blocks_of: (references, group, bundle, row tile, column tile) -> function from a step to the references of its
-        two blocks; the right one is the same for all thread blocks of a cluster. What it reads of the tables it reads
-        once per tile: a load in the loop over steps would delay every copy.
+      grid: number of groups, row tiles and column tiles.
+      num_steps: (references, group, row tile) -> how many stages of the contraction its tiles have, may be 0.
+      blocks_of: (references, group, row tile, column tile) -> function from a step to the references of its two blocks.
+        What it reads of the tables it reads once per tile: a load in the loop over steps would delay every copy.
       out_block: (output reference, group, rows, columns) -> reference to a block of the output.
       lhs_is_transposed: the left block is [step, rows] instead of [rows, step].
       rhs_is_transposed: the right block is [columns, step] instead of [step, columns].
     """
-    num_groups, num_bundles, num_column_tiles = grid
+    num_groups, num_row_tiles, num_column_tiles = grid
     dtype = operands[0].dtype
-    stages, warpgroups, cluster = tile.stages, tile.warpgroups, Cluster(tile.cluster)
-    tiles_per_group = num_bundles * num_column_tiles
-    num_clusters = NUM_SMS // cluster.size
+    stages, warpgroups = tile.stages, tile.warpgroups
+    tiles_per_group = num_row_tiles * num_column_tiles
     width, columns = out_type.shape[-2:]
-    may_lie_outside = (
-        width % (tile.rows * tile.cluster) or columns % tile.columns or num_bundles * tile.cluster * tile.rows > width
-    )
+    may_lie_outside = width % tile.rows or columns % tile.columns
 
     # One function because the two roles share barriers, buffers and the order of tiles.
     def grouped_matmul_kernel(*refs):
         *in_refs, out_ref, lhs_smem, rhs_smem, out_smem, full, empty = refs
         warpgroup, first = lax.axis_index("warpgroup"), lax.axis_index("first")
-        num_tiles = lax.div(num_groups * tiles_per_group - first + num_clusters - 1, num_clusters)
+        num_tiles = lax.div(num_groups * tiles_per_group - first + NUM_SMS - 1, NUM_SMS)
 
         def position(index):
-            linear = first + index * num_clusters
-            bundle, column = plgpu.planar_snake(
-                lax.rem(linear, tiles_per_group), (num_bundles, num_column_tiles), 0, tile.raster_rows // cluster.size
+            linear = first + index * NUM_SMS
+            row, column = plgpu.planar_snake(
+                lax.rem(linear, tiles_per_group), (num_row_tiles, num_column_tiles), 0, tile.raster_rows
             )
-            return lax.div(linear, tiles_per_group), bundle, row_of(in_refs, bundle, cluster.rank()), column
+            return lax.div(linear, tiles_per_group), row, column
 
         def next_slot(slot):
             return jnp.where(slot == stages - 1, 0, slot + 1)
@@ -246,21 +215,21 @@ def _persistent_matmul(
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
             def load_tile(index, slot):
-                group, bundle, row, column = position(index)
-                blocks_of_step = blocks_of(in_refs, group, bundle, row, column)
+                group, row, column = position(index)
+                blocks_of_step = blocks_of(in_refs, group, row, column)
 
                 def load_step(step, slot):
                     plgpu.barrier_wait(empty.at[slot])
                     lhs_block, rhs_block = blocks_of_step(step)
                     plgpu.copy_gmem_to_smem(lhs_block, lhs_smem.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(rhs_block, rhs_smem.at[slot], full.at[slot], **cluster.load_arguments)
+                    plgpu.copy_gmem_to_smem(rhs_block, rhs_smem.at[slot], full.at[slot])
                     return next_slot(slot)
 
-                return lax.fori_loop(0, num_steps(in_refs, group, bundle), load_step, slot)
+                return lax.fori_loop(0, num_steps(in_refs, group, row), load_step, slot)
 
             slot = lax.fori_loop(0, num_tiles, load_tile, jnp.int32(0))
 
-            def drain(_, slot):  # a block may not exit while its cluster peer can still signal it
+            def drain(_, slot):
                 plgpu.barrier_wait(empty.at[slot])
                 return next_slot(slot)
 
@@ -277,7 +246,7 @@ def _persistent_matmul(
                 plgpu.barrier_arrive(empty.at[slot])
 
             def multiply_tile(index, slot):
-                group, bundle, row, column = position(index)
+                group, row, column = position(index)
 
                 def accumulate(acc_ref):
                     def multiply_step(_, slot):
@@ -289,7 +258,7 @@ def _persistent_matmul(
                         plgpu.barrier_arrive(empty.at[last_slot(slot)])
                         return next_slot(slot)
 
-                    slot_after = lax.fori_loop(0, num_steps(in_refs, group, bundle), multiply_step, slot)
+                    slot_after = lax.fori_loop(0, num_steps(in_refs, group, row), multiply_step, slot)
                     return acc_ref[...], slot_after
 
                 acc, slot = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, tile.columns), jnp.float32))
@@ -321,9 +290,8 @@ def _persistent_matmul(
     return plgpu.kernel(
         grouped_matmul_kernel,
         out_type=out_type,
-        grid=(num_clusters,),
+        grid=(NUM_SMS,),
         grid_names=("first",),
-        **cluster.kernel_arguments,
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=(
@@ -331,7 +299,7 @@ def _persistent_matmul(
             segmented((stages, *rhs_shape), dtype),
             segmented((warpgroups, tile.store_slots, WARPGROUP_ROWS, tile.store_columns), out_type.dtype),
             plgpu.Barrier(num_barriers=stages, num_arrivals=2),
-            cluster.empty_barriers(stages, arrivals=warpgroups),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*operands)

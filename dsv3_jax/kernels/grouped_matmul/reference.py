@@ -5,6 +5,7 @@ groups (`jax.lax.ragged_dot` multiplies every row with every group on CPU and GP
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,16 @@ def _forward(x_MK, w_EKN, group_sizes_E, alignment):
 
 def _backward(alignment, residuals, dy_MN):
     x_MK, w_EKN, group_sizes_E = residuals
+    return *gradients(x_MK, w_EKN, group_sizes_E, dy_MN, alignment, w_EKN.dtype), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def gradients(
+    x_MK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, dy_MN: jax.Array, alignment: int, weight_dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of rows, in their dtype, and matrices, from that of the product."""
     group_of_block, num_live_blocks = live_blocks(group_sizes_E, alignment, x_MK.shape[0] // alignment)
 
     def differentiate_block(block, gradients):
@@ -51,12 +62,9 @@ def _backward(alignment, residuals, dy_MN):
         dx_MK = jax.lax.dynamic_update_slice_in_dim(dx_MK, dx_bK.astype(dx_MK.dtype), block * alignment, 0)
         return dx_MK, dw_EKN.at[group].add(dw_KN)
 
-    gradients = (jnp.zeros_like(x_MK), jnp.zeros(w_EKN.shape, jnp.float32))
-    dx_MK, dw_EKN = jax.lax.fori_loop(0, num_live_blocks, differentiate_block, gradients)
-    return dx_MK, dw_EKN.astype(w_EKN.dtype), None
-
-
-grouped_matmul.defvjp(_forward, _backward)
+    start = (jnp.zeros_like(x_MK), jnp.zeros(w_EKN.shape, jnp.float32))
+    dx_MK, dw_EKN = jax.lax.fori_loop(0, num_live_blocks, differentiate_block, start)
+    return dx_MK, dw_EKN.astype(weight_dtype)
 
 
 def live_blocks(group_sizes_E: jax.Array, alignment: int, num_blocks: int) -> tuple[jax.Array, jax.Array]:
