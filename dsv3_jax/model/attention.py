@@ -103,8 +103,9 @@ class Attention(nnx.Module):
         )
         is_visible_BTS = jnp.arange(cache_BSZ.shape[1]) <= positions_BT[..., None]
         weights_BTNS = jax.nn.softmax(jnp.where(is_visible_BTS[:, :, None], scores_BTNS, -jnp.inf), axis=-1)
-        latent_BSC = cache_BSZ[..., : self.config.kv_lora_rank]
-        out_BTNC = jnp.einsum("BTNS,BSC->BTNC", weights_BTNS.astype(latent_BSC.dtype), latent_BSC, precision=precision)
+        # Of the whole cache, rope keys too: a copy of its latents alone would cost three times the reading.
+        out_BTNZ = jnp.einsum("BTNS,BSZ->BTNZ", weights_BTNS.astype(cache_BSZ.dtype), cache_BSZ, precision=precision)
+        out_BTNC = out_BTNZ[..., : self.config.kv_lora_rank]
         out_BTNU = jnp.einsum("BTNC,CNU->BTNU", out_BTNC, v_up_CNU, precision=precision)
         return linear(out_BTNU, self.o_proj[...], 2)
 

@@ -19,6 +19,7 @@ _FREE = {
     "partition-id", "replica-id", "add-dependency", "async-update", "async-done", "domain",
 }  # fmt: skip
 _NESTED = {"while", "conditional", "call", "async-start"}
+_IN_PLACE = ("dynamic-update-slice", "scatter")
 
 DynamicTrips = Callable[[Instruction], int]
 
@@ -200,6 +201,9 @@ def _touched_bytes(program: Program, instruction: Instruction) -> int:
         return 2 * instruction.num_bytes
     if opcode == "dynamic-update-slice":
         return 2 * own[instruction.operands[1]].num_bytes
+    if opcode == "scatter":
+        indices, *updates = instruction.operands[_num_scattered(instruction) :]
+        return own[indices].num_bytes + 2 * sum(own[name].num_bytes for name in updates)
     if opcode.endswith("-start"):  # (operands, results, context...): both halves together
         return instruction.num_bytes
     operands = sum(own[name].num_bytes for name in dict.fromkeys(instruction.operands))
@@ -233,7 +237,7 @@ def _read_bytes(parameter: Instruction, inner: dict[str, Instruction], users: di
                 pending.append(user)
             elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == source.name:
                 size += user.num_bytes
-            elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == source.name):
+            elif not (user.opcode in _IN_PLACE and source.name in user.operands[: _num_scattered(user)]):
                 return parameter.num_bytes
     return min(size, parameter.num_bytes)
 
@@ -248,4 +252,11 @@ def _written_bytes(inner: dict[str, Instruction], result: Instruction) -> int:
         origin = inner[origin.operands[0]]
     if origin.opcode == "dynamic-update-slice":
         return inner[origin.operands[1]].num_bytes
+    if origin.opcode == "scatter":
+        return sum(inner[name].num_bytes for name in origin.operands[_num_scattered(origin) + 1 :])
     return result.num_bytes
+
+
+def _num_scattered(update: Instruction) -> int:
+    """Returns how many operands, the first ones, are written in place; a scatter has as many updates."""
+    return (len(update.operands) - 1) // 2 if update.opcode == "scatter" else 1

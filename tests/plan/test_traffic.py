@@ -124,6 +124,14 @@ FUSIONS = """
   %nil = s32[] constant(0)
   ROOT %v = f32[1024,64]{1,0} dynamic-update-slice(%b, %u, %j, %nil)
 }
+
+%scatters (c: f32[1024,64], w: f32[1,64], k: s32[]) -> f32[1024,64] {
+  %c = f32[1024,64]{1,0} parameter(0)
+  %w = f32[1,64]{1,0} parameter(1)
+  %k = s32[] parameter(2)
+  %index = s32[1]{0} bitcast(%k)
+  ROOT %s = f32[1024,64]{1,0} scatter(%c, %index, %w), update_window_dims={1}, to_apply=%add
+}
 """
 
 
@@ -134,6 +142,8 @@ FUSIONS = """
         ("%y = f32[64]{0} custom-call(%x, %x2)", 3 * 256),
         ("%y = f32[1,64]{1,0} fusion(%stack, %i), kind=kLoop, calls=%slices", 256 + 256),
         ("%y = f32[1024,64]{1,0} fusion(%stack, %row, %i), kind=kLoop, calls=%updates", 256 + 4 + 256),
+        ("%y = f32[1024,64]{1,0} fusion(%stack, %row, %i), kind=kInput, calls=%scatters", 256 + 4 + 256),
+        ("%y = f32[1024,64]{1,0} scatter(%stack, %i, %row), to_apply=%add", 256 + 4 + 256),
         ("%y = f32[64]{0} bitcast(%x)", 0),
         ("%y = (f32[64]{0}, f32[64]{0}) tuple(%x, %x2)", 0),
     ],
