@@ -124,7 +124,7 @@ def _device_share(
         grads = jax.tree.map(reduce_gradient, grads, splits, is_leaf=is_part)
     with jax.named_scope("metrics"):
         losses = jax.tree.map(lambda value: sum_over(value / scalars["num_passes"], AXES), losses)
-        rounds = max_over(routing.further_rounds, AXES)  # of replicas, which exchange each by themselves
+        rounds = max_over(routing.further_rounds, "replica")  # the devices of a replica all count the same
         return grads, losses, Routing(sum_over(routing.tokens_per_expert, AXES), rounds)
 
 
