@@ -1,12 +1,9 @@
-"""What the Pallas Mosaic kernels for Hopper GPUs share: registers of warpgroups, shared memory, clusters."""
+"""What the Pallas Mosaic kernels for Hopper GPUs share: registers of warpgroups, shared memory."""
 
-import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WARPGROUP_ROWS = 64  # rows of one wgmma
@@ -38,30 +35,3 @@ def segmented(shape: tuple[int, ...], dtype: Any, *, also_dividing: int | None =
     if columns * itemsize >= NARROWEST_SWIZZLE:
         transforms += (plgpu.SwizzleTransform(columns * itemsize),)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """Thread blocks that share loads from device memory; with a size of one, a block by itself."""
-
-    size: int
-
-    @property
-    def kernel_arguments(self) -> dict[str, Any]:
-        """Gives the arguments of a kernel whose thread blocks form such clusters."""
-        return {"cluster": (self.size,), "cluster_names": ("rank",)} if self.size > 1 else {}
-
-    @property
-    def load_arguments(self) -> dict[str, Any]:
-        """Gives the arguments of a copy that every thread block of the cluster receives."""
-        return {"collective_axes": ("rank",)} if self.size > 1 else {}
-
-    def rank(self) -> jax.Array | int:
-        """Returns, inside a kernel, the number of this thread block within its cluster."""
-        return lax.axis_index("rank") if self.size > 1 else 0
-
-    def empty_barriers(self, slots: int, *, arrivals: int) -> Any:
-        """Declares the barriers that let slots be filled, once so many warpgroups of each block have read them."""
-        if self.size == 1:
-            return plgpu.Barrier(num_barriers=slots, num_arrivals=arrivals)
-        return plgpu.ClusterBarrier(collective_axes=("rank",), num_barriers=slots, num_arrivals=arrivals)

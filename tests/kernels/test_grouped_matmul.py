@@ -121,7 +121,7 @@ def test_kernels_lower_for_cuda(contraction, columns, w_dtype):
     ("sizes", "contraction", "columns", "tile"),
     [
         ((130, 0, 5), 64, 128, None),
-        ((0, 100, 1), 192, 128, tuned.Tile(columns=64, store_columns=64, stages=2, cluster=2)),
+        ((0, 100, 1), 192, 128, tuned.Tile(columns=64, store_columns=64, stages=2)),
     ],
 )
 def test_kernels_in_the_interpreter(monkeypatch, sizes, contraction, columns, tile):

@@ -19,7 +19,6 @@ class Tile:
     store_columns: int = 128  # columns per store to device memory
     store_slots: int = 1  # stores in flight per warpgroup
     raster_rows: int = 8  # row tiles swept together, so that their rows and weights meet in L2
-    cluster: int = 1  # thread blocks with row tiles of one group that share each load of its weights
 
     @property
     def rows(self) -> int:
