@@ -26,7 +26,7 @@ KINDS = (MASTERS, MOMENTS, WEIGHTS, CACHE, GRADIENTS, KEPT, EXCHANGE, INPUTS, RE
 
 _PACKAGE = "dsv3_jax/"
 _ARGUMENTS = {"state.params": MASTERS, "state.optimizer": MOMENTS, "params": WEIGHTS, "cache": CACHE}
-_WEIGHT_SOURCES = ("model/params.py", "sharding/zero.py")
+_WEIGHT_SOURCES = ("model/params.py", "model/weights.py", "sharding/zero.py")
 _EXCHANGE_SOURCES = ("sharding/expert_exchange.py", "sharding/row_packing.py", "sharding/exchange_plan.py")
 _EXPERT_ROOMS = ("dsv3_jax/model/", "dsv3_jax/fp8/")
 # Those of the compiler's own fusions that have one operand are transposes and copies as well.

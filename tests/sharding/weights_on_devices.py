@@ -80,7 +80,7 @@ def run_config(precision: str, *, fsdp: bool) -> RunConfig:
         vocab_size=64, hidden_size=96, intermediate_size=160, moe_intermediate_size=32, num_hidden_layers=4,
         first_k_dense_replace=2, num_nextn_predict_layers=0, num_attention_heads=4, q_lora_rank=48, kv_lora_rank=32,
         qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, n_routed_experts=8, n_group=2, topk_group=2,
-        num_experts_per_tok=2, precision=precision,
+        num_experts_per_tok=2, precision=precision, remat_policy="report",
     )  # fmt: skip
     train = TrainConfig(batch_size=4, microbatch_size=4, batch_ramp_tokens=0)
     mesh = MeshConfig(replica=4, gpu=1, fsdp=fsdp)
