@@ -11,7 +11,7 @@ import jax
 from dsv3_jax.config import RunConfig, override
 from dsv3_jax.model import param_specs, param_splits
 from dsv3_jax.plan import hlo
-from dsv3_jax.sharding.mesh import num_batch_shards
+from dsv3_jax.sharding.mesh import Work, check_mesh, num_batch_shards
 from dsv3_jax.train.flops import train_flops_per_token
 from dsv3_jax.train.step import trace_train_step
 
@@ -50,6 +50,8 @@ class Program:
 
 def train(config: RunConfig, mesh: jax.sharding.Mesh, *, rows: int | None) -> Program:
     """Traces one optimizer step on the whole batch; `rows` as for `with_whole_passes`."""
+    if rows is not None or not config.train.microbatch_size:  # passes will fit any mesh
+        check_mesh(Work(config.model, config.data.sequence_length), mesh)
     config = with_whole_passes(config, num_batch_shards(mesh), rows=rows)
     recipe, length = config.train, config.data.sequence_length
     own_tokens = recipe.rows_per_pass * length // (num_batch_shards(mesh) * mesh.shape["tensor"])

@@ -3,17 +3,18 @@
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.config import RunConfig
+from dsv3_jax.config import RunConfig, require
 from dsv3_jax.model import Cache, init_cache
 from dsv3_jax.plan.programs import Program
 from dsv3_jax.serve import on_mesh, placed_params
-from dsv3_jax.sharding.mesh import num_batch_shards
+from dsv3_jax.sharding.mesh import Work, check_mesh, num_batch_shards
 from dsv3_jax.sharding.rules import batch_sharding
 
 
 def prefill(config: RunConfig, mesh: jax.sharding.Mesh, *, rows: int | None) -> Program:
     """Traces reading prompts of data.sequence_length tokens, `rows` (by default one) per batch shard."""
     length, shards = config.data.sequence_length, num_batch_shards(mesh)
+    check_mesh(Work(config.model, length), mesh)
     batch_size = shards * (1 if rows is None else rows)
     step = on_mesh.make_prefill(config.model, mesh, batch_size=batch_size, length=length)
     params = placed_params.abstract_params(config.model, mesh, for_decoding=False)
@@ -31,8 +32,11 @@ def decode(config: RunConfig, mesh: jax.sharding.Mesh, *, rows: int | None) -> P
 
     Caches have room for data.sequence_length tokens.
     """
-    length, shards = config.data.sequence_length, num_batch_shards(mesh)
-    batch_size = shards * (mesh.shape["tensor"] if rows is None else rows)
+    length, shards, tensor = config.data.sequence_length, num_batch_shards(mesh), mesh.shape["tensor"]
+    check_mesh(Work(config.model), mesh)
+    rows = tensor if rows is None else rows
+    require(rows % tensor == 0, "--rows", rows, f"must be a multiple of mesh.tensor={tensor}, whose devices share them")
+    batch_size = shards * rows
     step = on_mesh.make_decode_step(config.model, mesh, batch_size=batch_size)
     params = placed_params.abstract_params(config.model, mesh, for_decoding=True)
     tokens_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=batch_sharding(mesh))

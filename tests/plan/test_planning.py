@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from dsv3_jax.config import RunConfig, override
-from dsv3_jax.plan import memory, programs
+from dsv3_jax.plan import memory, programs, serving
+from dsv3_jax.sharding.mesh import AXES
 
 SCRIPT = pathlib.Path(__file__).with_name("plan_on_host_devices.py")
 LAYERS, LENGTH, PASSES, BYTES = 2, 32, 2, 4
@@ -96,3 +98,18 @@ def test_chosen_microbatch_is_kept():
     config = override(RunConfig(), {"train.microbatch_size": 512})
     whole = programs.with_whole_passes(config, 2048, rows=None)
     assert (whole.train.batch_size, whole.train.microbatch_size) == (config.train.batch_size, 512)
+
+
+@pytest.mark.parametrize(
+    ("program", "axes", "rows", "message"),
+    [
+        (programs.train, {"gpu": 8, "tensor": 3}, None, "tensor=3: .*; of 24 devices use replica=3, node=1, gpu=4"),
+        (serving.prefill, {"gpu": 2, "tensor": 3}, 1, "mesh.tensor=3: .*; of 6 devices use replica=3"),
+        (serving.decode, {"gpu": 2, "tensor": 3}, 4, "mesh.tensor=3: .*; of 6 devices use replica=3"),
+        (serving.decode, {"gpu": 2, "tensor": 4}, 3, "--rows=3: must be a multiple of mesh.tensor=4"),
+    ],
+)
+def test_proposed_meshes_get_as_many_sequences_as_they_have_shards(program, axes, rows, message):
+    mesh = AbstractMesh(tuple(axes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    with pytest.raises(ValueError, match=message):
+        program(RunConfig(), mesh, rows=rows)
