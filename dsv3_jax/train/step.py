@@ -110,7 +110,8 @@ def _device_share(
     """Computes on one device: its part of the summed gradients; losses and routing of the whole batch."""
     splits = param_splits(config.model, mesh)
     is_layered = {name: config.mesh.fsdp and name.endswith("_layers") for name in masters}
-    parts = prepare_params(config.model, jax.tree.map(as_part, masters, splits))  # once, for all passes
+    with jax.named_scope("prepare_weights"):
+        parts = prepare_params(config.model, jax.tree.map(as_part, masters, splits))  # once, for all passes
     params = {name: tree if is_layered[name] else gather_params(tree) for name, tree in parts.items()}
 
     def loss_of_masters(masters, tokens_BT1):

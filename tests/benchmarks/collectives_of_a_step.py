@@ -23,7 +23,7 @@ def main() -> None:
             vocab_size=61, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=2,
             first_k_dense_replace=1, num_nextn_predict_layers=1, num_attention_heads=2, q_lora_rank=None,
             kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4, n_routed_experts=32, n_group=4,
-            topk_group=2, num_experts_per_tok=4, exchange_capacity=0.3, remat_policy="full", precision="fp32",
+            topk_group=2, num_experts_per_tok=4, exchange_capacity=0.3, remat_policy="full", precision="bf16",
         ),
         mesh=MeshConfig(node=2, gpu=2, tensor=2), data=DataConfig(sequence_length=32),
         train=TrainConfig(batch_size=8, microbatch_size=4, batch_ramp_tokens=0),
