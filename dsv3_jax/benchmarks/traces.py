@@ -16,8 +16,8 @@ from typing import NamedTuple
 TRACE_FILE = "perfetto_trace.json.gz"
 # The parts of a network and its training, as `jax.named_scope` names them in the metadata of compiled programs.
 EXCHANGE = ("expert_exchange/dispatch", "expert_exchange/combine")
-PARTS = (*EXCHANGE, "experts", "shared_experts", "router", "attention", "feed_forward", "mtp", "loss", "prepare_weights",
-         "gather_weights", "sum_gradients", "optimizer", "metrics")  # fmt: skip
+PARTS = (*EXCHANGE, "experts", "shared_experts", "router", "attention", "feed_forward", "mtp", "loss",
+         "prepare_weights", "gather_weights", "sum_gradients", "optimizer", "metrics")  # fmt: skip
 PART = re.compile(rf"(?:.*[/(:])?({'|'.join(PARTS)})(?=[/):]|$)")
 INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*\bmetadata=\{[^}]*?op_name="([^"]*)"', re.MULTILINE)
 
