@@ -15,6 +15,7 @@ from dsv3_jax.kernels import block_quantize
 OURS, XLA_COPY, TORCH_COPY = "dsv3_jax", "XLA copy", "torch copy"
 SHAPES = ((4096, 7168), (32768, 2048))  # tokens and the residual stream; rows of experts and their hidden width
 NORM_SHAPES = ((4096, 7168), (4096, 1536))
+ATTENTION_SHAPES = ((8192, 16384),)  # tokens and all heads' outputs
 WEIGHT_SHAPES = ((7168, 2112), (8, 7168, 4096))  # the latents; gates of 8 experts
 SWIGLU_SHAPES = ((4096, 2 * 18432), (32768, 2 * 2048))  # gate and up: the dense feed-forward and the experts
 
@@ -33,6 +34,12 @@ def quantizer_rows(*, with_torch: bool) -> list[Row]:
         _contest(block_quantize.swiglu_gradient, shape, lambda x: (*_rows(x), x[:, : x.shape[1] // 2]))
         for shape in SWIGLU_SHAPES
     ]
+    contests += [
+        _contest(block_quantize.weighted_swiglu_gradient, shape, _weighted_rows) for shape in SWIGLU_SHAPES[1:]
+    ]
+    for shape in ATTENTION_SHAPES:
+        contests.append(_contest(block_quantize.quantize_rows_and_encode, shape, lambda x: (x,)))
+        contests.append(_contest(block_quantize.decode_columns, shape, lambda x: (formats.encode_e5m6(x),)))
     contests += [_contest(block_quantize.quantize_weights, shape, _weights) for shape in WEIGHT_SHAPES]
     return hold(contests, against=XLA_COPY, with_torch=with_torch, modes=("burst", "steady"))
 
@@ -61,6 +68,10 @@ def _contest(
 
 def _rows(x_RK: jax.Array) -> tuple[formats.QuantizedArray]:
     return (formats.quantize_rows(x_RK),)
+
+
+def _weighted_rows(x_RK: jax.Array) -> tuple[formats.QuantizedArray, jax.Array, jax.Array]:
+    return *_rows(x_RK), x_RK[:, : x_RK.shape[1] // 2], jnp.full(len(x_RK), 0.3, jnp.float32)
 
 
 def _weights(x_KN: jax.Array) -> tuple[jax.Array]:

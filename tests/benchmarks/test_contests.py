@@ -99,6 +99,7 @@ def test_quantizers_are_measured_beside_a_copy_of_as_many_bytes(briefly, monkeyp
     monkeypatch.setattr(quantizers, "SHAPES", ((16, 128),))
     monkeypatch.setattr(quantizers, "NORM_SHAPES", ())
     monkeypatch.setattr(quantizers, "SWIGLU_SHAPES", ())
+    monkeypatch.setattr(quantizers, "ATTENTION_SHAPES", ())
     held = []
     monkeypatch.setattr(quantizers, "hold", lambda contests, **_: held.extend(contests))
     quantizers.quantizer_rows(with_torch=False)
