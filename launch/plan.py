@@ -4,14 +4,16 @@
     python launch/plan.py --config=configs/tiny.py --config.mesh.gpu=4 --config.mesh.tensor=2 --hardware=h800
 
 Compiles the real program for absent H200s, which takes XLA's GPU compiler (the `plan` extra), no GPU, and for a step of
-the 671B network about a quarter of an hour and 2 GB of memory on two cores; decoding, whose layers are unrolled, takes
-longer. What was compiled for H200s is then held against the memory and
-the rates of --hardware. --output=PATH writes PATH.json and the plot PATH.png. Exit code 2: a plan does not fit.
+the 671B network a few minutes and 2 GB of memory on two cores; decoding, whose layers are unrolled, takes longer. What
+was compiled for H200s is then held against the memory and the rates of --hardware. What does not fit is told what would
+change: FSDP, more devices, pipeline stages. --output=PATH writes PATH.json and the plot PATH.png. Exit code 2: a plan
+does not fit.
 """
 
 import dataclasses
 import math
 import os
+import pathlib
 import sys
 
 from absl import flags
@@ -37,6 +39,9 @@ def main() -> None:
     from dsv3_jax.plan import absent_devices, hardware, planning, report
 
     config, chosen = config_flags.resolve(), hardware.find(HARDWARE.value, hardware_numbers())
+    if OUTPUT.value:
+        folder = pathlib.Path(OUTPUT.value).parent
+        require(folder.is_dir(), "--output", OUTPUT.value, f"there is no directory {folder}; make it")
     plans = []
     for sized in [config] if NUM_DEVICES.value is None else [with_devices(config, text) for text in NUM_DEVICES.value]:
         plan = planning.make_plan(sized, absent_devices.absent_mesh(sized.mesh), chosen, program=PROGRAM.value,

@@ -47,6 +47,7 @@ def test_missing_compiler_is_named_with_what_installs_it():
     [
         (["--config.mesh.gpu=8", "--num_devices=12"], "must be a multiple of 8"),
         (["--config.mesh.gpu=8", "--num_devices=many"], "must be a number of devices"),
+        (["--config.mesh.gpu=8", "--output=nowhere/plan"], "there is no directory nowhere; make it"),
         (["--num_devices=8"], "name every axis but replica"),
         (["--hardware_number=speed=3"], "no such number; there are memory_gb"),
         (["--hardware_number=fp8_tflops=fast"], "must be NAME=NUMBER"),
