@@ -9,12 +9,12 @@ from pathlib import Path
 
 import jax
 import pytest
-from conftest import ROOT
 
 from dsv3_jax import config_flags, model
 from dsv3_jax.checkpoint import hf
 from dsv3_jax.checkpoint.training import save_params
 
+ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 600
 TEXTS = {"short.txt": "zwei Wörter", "long.txt": (ROOT / "dsv3_jax" / "train" / "ema.py").read_text()}
 RESULT = re.compile(r"(\S+): ([\d.]+) bits per byte, perplexity ([\d.]+) per token \(([\d,]+) bytes, ([\d,]+) tokens\)")
