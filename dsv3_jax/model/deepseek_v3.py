@@ -141,7 +141,7 @@ def cast_params(config: ModelConfig, params: dict) -> dict:
 
 
 def prepare_params(config: ModelConfig, params: dict) -> dict:
-    """Rounds or quantizes the weights of linears as config.precision says, masters beside them for their gradients.
+    """Rounds what is gathered of linears' weights, or with precision=fp8 quantizes them all, masters beside them.
 
     The functions of this module do the same inside. A caller that runs several of them between two changes of the
     parameters does it once, before; devices that keep parts of them, before they gather them.

@@ -17,7 +17,7 @@ from flax import nnx
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.fp8.weight import quantize_weight
-from dsv3_jax.model.weights import Linear, gather_weight, is_prepared, prepare_weight
+from dsv3_jax.model.weights import Linear, compute_dtype, gather_weight, is_prepared, prepare_weight
 from dsv3_jax.sharding.zero import is_part
 
 FLOAT32_PARAMS = ("input_layernorm", "post_attention_layernorm", "q_a_layernorm", "kv_a_layernorm", "norm", "enorm",
@@ -71,11 +71,6 @@ def init_from_specs(specs: dict, key: jax.Array, *, init_std: float) -> dict:
         return init_std * jax.random.normal(path_key, spec.shape, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, specs)
-
-
-def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """Returns the dtype of activations, and of the weights that are not in FP8."""
-    return jnp.dtype(jnp.float32 if config.precision == "fp32" else jnp.bfloat16)
 
 
 def cast_from_specs(config: ModelConfig, specs: dict, params: dict) -> dict:

@@ -1,7 +1,7 @@
 """Weights as they are computed with: rounded to BF16 or quantized to E4M3, beside the float32 array of their gradient.
 
-On a mesh every device rounds or quantizes the part of the master that it keeps, and what is gathered is that: 2 bytes
-or 1 per element instead of 4. Both give the same numbers as rounding the gathered master.
+Where devices keep parts of a master, each rounds or quantizes its own part, and what is gathered is that: 2 bytes or 1
+per element instead of 4, the same numbers as if the gathered master were rounded.
 """
 
 import dataclasses
@@ -79,6 +79,11 @@ class SplitCodes:
         return QuantizedArray(codes.reshape(*batch, math.prod(contracted), -1), self.scales.gather(), "block")
 
 
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """Returns the dtype of activations, and of the weights that are not in FP8."""
+    return jnp.dtype(jnp.float32 if config.precision == "fp32" else jnp.bfloat16)
+
+
 def is_fp8(value: Any) -> bool:
     """Tells whether a leaf of a parameter tree is the weight of an FP8 linear."""
     return isinstance(value, Fp8Weight)
@@ -99,23 +104,26 @@ def as_array(weight: jax.Array | RoundedWeight | Fp8Weight, contracted: tuple[in
     return weight.dequantize(contracted, dtype) if is_fp8(weight) else as_rounded(weight).values.astype(dtype)
 
 
-def prepare_weight(config: ModelConfig, linear: Linear, weight: jax.Array | Part) -> RoundedWeight | Fp8Weight:
+def prepare_weight(
+    config: ModelConfig, linear: Linear, weight: jax.Array | Part
+) -> jax.Array | Part | RoundedWeight | Fp8Weight:
     """Makes of a master, or of one device's part of it, what a linear multiplies in the config's precision.
 
     FP8 scales are those of the whole weight: devices whose parts share a 128x128 block agree on its largest magnitude.
+    Without FP8 a weight that is whole on its device is rounded where it is multiplied, and stays as it is.
     """
-    array = jax.lax.stop_gradient(weight.array if is_part(weight) else weight)
-    if config.precision == "bf16":
-        values = array.astype(jnp.bfloat16)
-        return RoundedWeight(Part(values, weight.splits) if is_part(weight) else values, weight)
+    is_split = is_part(weight) and weight.splits != ()
+    if config.precision != "fp8":
+        dtype = compute_dtype(config)
+        return RoundedWeight(weight.map(lambda part: part.astype(dtype)), weight) if is_split else weight
     input_cache = getattr(config, linear.cache_setting)
-    if is_part(weight) and weight.splits:
-        codes = _quantize_part(Part(array, weight.splits), linear)
+    if is_split:
+        codes = _quantize_part(weight, linear)
         output_dims = weight.whole_shape()[linear.batch_dims + linear.contracted_dims :]
         return Fp8Weight(weight, None, codes, output_dims, input_cache)
     quantized = quantize_weight(
-        array, contracted_dims=linear.contracted_dims, batch_dims=linear.batch_dims, input_cache=input_cache,
-        with_gradient=True,
+        weight.array if is_part(weight) else weight, contracted_dims=linear.contracted_dims,
+        batch_dims=linear.batch_dims, input_cache=input_cache, with_gradient=True,
     )  # fmt: skip
     return dataclasses.replace(quantized, master=weight)
 
@@ -142,12 +150,13 @@ def gather_weight(weight: Any) -> Any:
 
 def _quantize_part(part: Part, linear: Linear) -> SplitCodes:
     """Quantizes a part of a weight by the rule of published FP8 checkpoints, with the scales of the whole weight."""
-    shape, whole_shape = part.array.shape, part.whole_shape()
+    array, whole_shape = jax.lax.stop_gradient(part.array), part.whole_shape()
+    shape = array.shape
     first, last = linear.batch_dims, linear.batch_dims + linear.contracted_dims
     rows, columns = range(first, last), range(last, len(shape))
     row_tile, row_blocks = _tiles(part, rows)
     column_tile, column_blocks = _tiles(part, columns)
-    tiles = part.array.reshape(*shape[:first], len(row_blocks), row_tile, len(column_blocks), column_tile)
+    tiles = array.reshape(*shape[:first], len(row_blocks), row_tile, len(column_blocks), column_tile)
 
     blocks = tuple(num_tiles(math.prod(whole_shape[dim] for dim in dims)) for dims in (rows, columns))
     own_maxima = jnp.zeros((*shape[:first], *blocks), jnp.int32)

@@ -15,8 +15,8 @@ from dsv3_jax.fp8 import weight
 from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.train.activation_memory import activation_lines
 from dsv3_jax.train.schedule import StepSettings
-from dsv3_jax.train.state import abstract_state, init_state
-from dsv3_jax.train.step import make_train_step, split_batch
+from dsv3_jax.train.state import init_state
+from dsv3_jax.train.step import make_train_step, split_batch, trace_train_step
 
 STEPS = 20
 CONFIG = RunConfig(
@@ -92,11 +92,7 @@ def equations(jaxpr, inside=()):
 
 def test_weights_are_quantized_once_per_step_outside_all_loops():
     config = override(CONFIG, {"train.microbatch_size": 1})
-    mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        step = make_train_step(config, mesh)
-        run = functools.partial(step, settings=SETTINGS)
-        jaxpr = jax.make_jaxpr(run)(abstract_state(config, mesh), split_batch(config, text(0)))
+    jaxpr = trace_train_step(config, make_mesh(config.mesh)).jaxpr
     found = [
         inside for equation, inside in equations(jaxpr.jaxpr) if equation.params.get("name") == "quantize_weight_blocks"
     ]
