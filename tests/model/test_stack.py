@@ -195,3 +195,10 @@ def test_a_sequence_longer_than_the_positions_is_refused():
         model.forward(config, params, jnp.zeros((1, 9), jnp.int32))
     with pytest.raises(ValueError, match=r"cache length=9: exceeds model.max_position_embeddings=8"):
         model.init_cache(config, 1, 9)
+
+
+def test_one_sequence_of_one_head_is_computed_as_among_others():
+    config = small_config(num_attention_heads=1, num_hidden_layers=1, num_nextn_predict_layers=0)
+    params, tokens_BT = telling_params(config, 7), random_tokens(config, 1, 2, 6)
+    run = jax.jit(lambda tokens_BT: model.forward(config, params, tokens_BT).h_BTD)
+    np.testing.assert_allclose(run(tokens_BT[:1])[0], run(tokens_BT)[0], atol=1e-5)
