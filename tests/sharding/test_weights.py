@@ -12,7 +12,14 @@ SCRIPT = pathlib.Path(__file__).with_name("weights_on_devices.py")
 
 @pytest.mark.parametrize(
     "check",
-    ["codes", "gradients", "bytes bf16", "bytes bf16 fsdp", "bytes fp8", "bytes fp8 fsdp"],
+    [
+        "codes",
+        "gradients",
+        "bytes bf16",
+        "bytes fp8 fsdp",
+        pytest.param("bytes bf16 fsdp", marks=pytest.mark.slow),
+        pytest.param("bytes fp8", marks=pytest.mark.slow),
+    ],
 )
 def test_weights_on_devices(check):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}

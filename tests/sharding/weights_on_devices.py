@@ -88,7 +88,7 @@ def run_config(precision: str, *, fsdp: bool) -> RunConfig:
 
 
 def check_bytes(precision: str, *, fsdp: bool) -> None:
-    """The compiled step gathers every linear's weight as it is multiplied, and nothing else in more than float32.
+    """The compiled step gathers linears' weights as they are multiplied, other parameters in float32, and no more.
 
     Once a step; with FSDP once in each pass over the layers, forward and backward.
     """
