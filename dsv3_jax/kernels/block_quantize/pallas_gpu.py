@@ -181,7 +181,7 @@ def _swiglu_gradient(chunk_values, gate_up: QuantizedArray, dhidden_MF: jax.Arra
 
 
 def _gate_and_up_gradients(gate: jax.Array, read_up: Callable, dhidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Both gradients before either is quantized: that leaves the registers for three thread blocks on an SM.
+    # Both gradients before either is quantized: fewer registers, so that two thread blocks share an SM.
     sigmoid = _sigmoid(gate)
     dup = dhidden * gate * sigmoid
     return (dhidden * sigmoid + dup * (1 - sigmoid)) * read_up(), dup
