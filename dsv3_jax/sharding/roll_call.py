@@ -184,8 +184,7 @@ class Member:
           ValueError: they differ; names each difference, the values and the processes.
           ChildProcessError: one of them failed meanwhile.
         """
-        self._say({"kind": "facts", "facts": facts})
-        self._await("agreed")
+        self._ask({"kind": "facts", "facts": facts}, answer="agreed")
 
     def finish(self) -> None:
         """Waits until all processes have finished.
@@ -193,8 +192,7 @@ class Member:
         Raises:
           ChildProcessError: one of them failed meanwhile.
         """
-        self._say({"kind": "done"})
-        self._await("end")
+        self._ask({"kind": "done"}, answer="end")
 
     def fail(self, text: str) -> None:
         """Tells the others why this process ends. If another one failed first, ends with that one's words instead."""
@@ -220,9 +218,14 @@ class Member:
         print(f"error: {text}", file=sys.stderr, flush=True)
         self.leave()
 
-    def _await(self, kind: str, *, timeout_s: float | None = None) -> dict:
+    def _ask(self, message: dict, *, answer: str) -> None:
         with self._lock:
-            self._is_waiting = True
+            self._is_waiting = True  # before an answer can come
+        with contextlib.suppress(OSError):  # without process 0, the answer is that it is gone
+            self._say(message)
+        self._await(answer)
+
+    def _await(self, kind: str, *, timeout_s: float | None = None) -> dict:
         message = self._messages.get(timeout=timeout_s)
         with self._lock:
             self._is_waiting = False

@@ -86,6 +86,18 @@ def test_a_disagreement_is_told_to_all_by_fact_value_and_process(address, ended)
     assert ended == [], "one voice: nobody is told of the failures that follow from it"
 
 
+def test_an_answer_may_come_before_it_is_waited_for(address, ended, monkeypatch):
+    members, say = meet(address, 2), Member._say
+
+    def say_and_dawdle(member, message):
+        say(member, message)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(Member, "_say", say_and_dawdle)
+    errors = of_all(2, lambda p: members[p].require_agreement({"seed": p}))
+    assert ended == [] and {type(error) for error in errors} == {ValueError}
+
+
 def test_a_missing_process_is_named(address):
     Roll(address, 4, timeout_s=0.5)
     members = {p: Member(address, 4, p, timeout_s=20) for p in (0, 2)}
