@@ -10,27 +10,23 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
+import jax
+
 from dsv3_jax.benchmarks.planned_memory import compare
-from dsv3_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from dsv3_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from dsv3_jax.model import param_shardings, param_specs
 from dsv3_jax.sharding.mesh import make_mesh
+from dsv3_jax.testing.networks import small_config
 
 
 def main() -> None:
     config = RunConfig(
-        model=ModelConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
-            first_k_dense_replace=1, num_nextn_predict_layers=0, num_attention_heads=2, q_lora_rank=None,
-            kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4, n_routed_experts=8, n_group=2,
-            topk_group=2, num_experts_per_tok=2, precision="fp32",
-        ),
+        model=small_config(num_nextn_predict_layers=0),
         mesh=MeshConfig(node=2, gpu=2), data=DataConfig(sequence_length=16),
         train=TrainConfig(batch_size=8, batch_ramp_tokens=0, adam_moments="fp32"),
     )  # fmt: skip
     mesh = make_mesh(config.mesh)
     specs, shardings = param_specs(config.model), param_shardings(config.model, mesh)
-    import jax
-
     parts = jax.tree.map(lambda spec, sharding: math.prod(sharding.shard_shape(spec.shape)), specs, shardings)
     tokens = 2 * 17 * 4  # two sequences a device
     by_hand = 3 * 4 * sum(jax.tree.leaves(parts)) + tokens  # weights and two moments in float32
