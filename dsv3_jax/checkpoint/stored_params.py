@@ -9,10 +9,9 @@ import json
 import pathlib
 
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore
 
-from dsv3_jax.checkpoint.training import CHECKPOINTS
+from dsv3_jax.checkpoint.training import CHECKPOINTS, find_step
 from dsv3_jax.config import RunConfig, from_json, require
 from dsv3_jax.model import param_specs
 
@@ -51,11 +50,7 @@ def open_stored_params(
     Raises:
       ValueError: no such checkpoint, no moving average in it, or a damaged one.
     """
-    directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
-    steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
-    require(bool(steps), "workdir", str(workdir), f"holds no whole checkpoint in {CHECKPOINTS}/; train first")
-    require(step is None or step in steps, "step", step, f"no such checkpoint in {workdir}; there are {sorted(steps)}")
-    directory /= str(max(steps) if step is None else step)
+    directory = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(find_step(workdir, step))
     item = directory / ("ema" if ema else "params")
     require(item.is_dir(), "ema", ema, f"{directory} holds no {item.name}; train with train.ema_decay > 0, or take "
             "what it holds")  # fmt: skip

@@ -142,7 +142,7 @@ def divide_by_scales(weight: jax.Array, scales: jax.Array) -> jax.Array:
 
 def pad_block_scales(scales_rk: jax.Array) -> jax.Array:
     """Appends the unused columns that `QuantizedArray` has."""
-    unused = -scales_rk.shape[-1] % 4
+    unused = padded_blocks(TILE * scales_rk.shape[-1]) - scales_rk.shape[-1]
     return jnp.pad(scales_rk, _pad_widths(scales_rk.ndim, -1, unused))
 
 

@@ -16,8 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.fp8.weight import quantize_weight
-from dsv3_jax.model.weights import Linear, compute_dtype, gather_weight, is_prepared, prepare_weight
+from dsv3_jax.model.weights import (
+    Linear,
+    compute_dtype,
+    gather_weight,
+    is_prepared,
+    prepare_weight,
+    quantize_whole,
+)
 from dsv3_jax.sharding.zero import is_part
 
 FLOAT32_PARAMS = ("input_layernorm", "post_attention_layernorm", "q_a_layernorm", "kv_a_layernorm", "norm", "enorm",
@@ -81,14 +87,8 @@ def cast_from_specs(config: ModelConfig, specs: dict, params: dict) -> dict:
             return value
         return value.astype(jnp.float32 if path[-1].key in FLOAT32_PARAMS else compute_dtype(config))
 
-    def quantize(linear: Linear, weight: jax.Array):
-        return quantize_weight(
-            weight, contracted_dims=linear.contracted_dims, batch_dims=linear.batch_dims,
-            input_cache=getattr(config, linear.cache_setting), with_gradient=False,
-        )  # fmt: skip
-
     if config.precision == "fp8" and not has_prepared(params):
-        params = _map_linears(quantize, specs, params)
+        params = _map_linears(functools.partial(quantize_whole, config, with_gradient=False), specs, params)
     return jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_prepared)
 
 

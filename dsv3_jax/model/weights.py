@@ -116,16 +116,20 @@ def prepare_weight(
     if config.precision != "fp8":
         dtype = compute_dtype(config)
         return RoundedWeight(weight.map(lambda part: part.astype(dtype)), weight) if is_split else weight
-    input_cache = getattr(config, linear.cache_setting)
     if is_split:
         codes = _quantize_part(weight, linear)
         output_dims = weight.whole_shape()[linear.batch_dims + linear.contracted_dims :]
-        return Fp8Weight(weight, None, codes, output_dims, input_cache)
-    quantized = quantize_weight(
-        weight.array if is_part(weight) else weight, contracted_dims=linear.contracted_dims,
-        batch_dims=linear.batch_dims, input_cache=input_cache, with_gradient=True,
-    )  # fmt: skip
+        return Fp8Weight(weight, None, codes, output_dims, getattr(config, linear.cache_setting))
+    quantized = quantize_whole(config, linear, weight.array if is_part(weight) else weight, with_gradient=True)
     return dataclasses.replace(quantized, master=weight)
+
+
+def quantize_whole(config: ModelConfig, linear: Linear, weight: jax.Array, *, with_gradient: bool) -> Fp8Weight:
+    """Quantizes a weight that is whole on its device; see `fp8.weight.quantize_weight`."""
+    return quantize_weight(
+        weight, contracted_dims=linear.contracted_dims, batch_dims=linear.batch_dims,
+        input_cache=getattr(config, linear.cache_setting), with_gradient=with_gradient,
+    )  # fmt: skip
 
 
 def gather_weight(weight: Any) -> Any:
