@@ -131,6 +131,7 @@ def for_each_tile(
     slots = len(results) if slots is None else slots
     are_sums = [any(result.is_sum for result in results if result.output == o) for o in range(len(output_shapes))]
 
+    # One function because what is computed and what is stored share slots and the order of copies.
     def kernel(*refs):
         inputs, refs = refs[: len(arrays)], refs[len(arrays) :]
         outputs, refs = _by_output(refs[: len(out_types)], are_sums), refs[len(out_types) :]

@@ -45,6 +45,7 @@ def quantize_weights(weight_KN: jax.Array) -> tuple[QuantizedArray, QuantizedArr
     part = (WARPGROUP_ROWS, TILE * TILE // (WARPGROUPS * WARPGROUP_ROWS))
     parts_per_line = TILE // part[1]
 
+    # One function because loads, maxima and stores share barriers and buffers.
     def kernel(weight, forward, forward_scales, backward, backward_scales, *scratch):
         values_smem, maxima_smem, codes_smem, transposed_smem, is_full, is_read = scratch
         first, warpgroup = lax.axis_index("first"), lax.axis_index("warpgroup")

@@ -31,6 +31,7 @@ def few_rows_matmul(
     rows, steps, block_scales = waves * WARPGROUP_ROWS, num_tiles(contraction), b.scales.shape[-1]
     wave_rows = [pl.ds(wave * WARPGROUP_ROWS, WARPGROUP_ROWS) for wave in range(waves)]
 
+    # One function because both roles share barriers and buffers.
     def few_rows_kernel(a_ref, a_scales_ref, b_ref, b_scales_ref, out_ref, *scratch):
         a_smem, b_smem, a_scales_smem, b_scales_smem, sums_smem, out_smem, full, empty, full_blocks, summed = scratch
         warpgroup = lax.axis_index("warpgroup")
