@@ -19,9 +19,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-QUOTA_MULTIPLE = 8  # quotas are multiples of this
+QUOTA_MULTIPLE = 8  # to which a multiple of what is needed on average is rounded up
 NEARLY_ALL = 0.9  # of the rows: to send all costs less than to arrange these
-DEVIATIONS = 5  # of a uniformly routed destination's load, for which there is room
+RARE = 3e-7  # chance that a uniformly routed destination finds no room for its load: five standard deviations of many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +107,9 @@ def plan_capacity(
 ) -> Capacity | None:
     """Sizes the rounds so that uniform routing needs one; returns None where one device holds every expert.
 
-    A quota is what uniform routing needs on average times the factor, at least five standard deviations more than the
-    average if the factor is 1 or more, rounded up to a multiple of 8; never more than the worst routing needs, and as
-    much where it is nearly that.
+    A quota is what uniform routing needs on average times the factor, rounded up to a multiple of 8; if the factor is 1
+    or more at least so much that few loads in ten million are larger, where tokens choose independently; never more
+    than the worst routing needs, and as much where it is nearly that.
 
     Args:
       num_tokens: tokens that one device owns.
@@ -127,14 +127,13 @@ def plan_capacity(
         return None
     choices_per_row = min(top_k, num_experts // num_devices)
     hit_rate = functools.partial(_hit_rate, top_k, num_experts, n_group, topk_group)
-    mean_device_rows = num_tokens * hit_rate(num_devices)
     node_rows = num_tokens
     if num_nodes > 1:
-        node_rows = _rows_or_all(_quota(num_tokens * hit_rate(num_nodes), factor), num_tokens)
-    device_rows = _rows_or_all(_quota(mean_device_rows, factor), node_rows)
+        node_rows = _rows_or_all(_quota(num_tokens, hit_rate(num_nodes), factor), num_tokens)
+    device_rows = _rows_or_all(_quota(num_tokens, hit_rate(num_devices), factor), node_rows)
     if devices_per_node == 1:
         device_rows = node_rows
-    device_choices = _quota(num_tokens * top_k / num_devices, factor)
+    device_choices = _quota(num_tokens * top_k, 1 / num_devices, factor)
     device_choices = min(max(device_choices, choices_per_row), device_rows * choices_per_row)
     return Capacity(
         num_tokens=num_tokens,
@@ -145,15 +144,29 @@ def plan_capacity(
         node_rows=node_rows,
         device_rows=device_rows,
         device_choices=device_choices,
-        mean_device_rows=mean_device_rows,
+        mean_device_rows=num_tokens * hit_rate(num_devices),
     )
 
 
-def _quota(mean: float, factor: float) -> int:
-    needed = mean * factor
-    if factor >= 1:
-        needed = max(needed, mean + DEVIATIONS * math.sqrt(mean))
-    return math.ceil(needed / QUOTA_MULTIPLE) * QUOTA_MULTIPLE
+def _quota(number: int, share: float, factor: float) -> int:
+    """Returns for how many of a number of tokens or choices, of which a share comes on average, to make room."""
+    needed = math.ceil(number * share * factor / QUOTA_MULTIPLE) * QUOTA_MULTIPLE
+    return max(needed, _rarely_exceeded(number, share)) if factor >= 1 else needed
+
+
+@functools.lru_cache
+def _rarely_exceeded(number: int, share: float) -> int:
+    """Returns the least that so many independent trials, each a success with chance `share`, exceed `RARE`ly."""
+    if share >= 1:
+        return number
+    mean, chance = number * share, 0.0
+    successes = min(number, math.ceil(mean + 12 * math.sqrt(mean) + 30))  # more than these do not count
+    while True:
+        ways = math.lgamma(number + 1) - math.lgamma(successes + 1) - math.lgamma(number - successes + 1)
+        chance += math.exp(ways + successes * math.log(share) + (number - successes) * math.log1p(-share))
+        if chance > RARE:
+            return successes
+        successes -= 1
 
 
 def _rows_or_all(rows: int, most: int) -> int:

@@ -1,7 +1,9 @@
 """Rounds send every copy once, within their quotas, and come to an end."""
 
 import dataclasses
+import fractions
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -151,10 +153,37 @@ def test_capacity_of_the_report_training_layout():
     assert capacity.mean_device_rows == pytest.approx(4096 * 0.5 * (1 - 28 * 27 / (32 * 31)))
 
 
+def chance_of_more(room: int, number: int, share: float) -> float:
+    """Returns the chance that more than `room` of so many independent trials succeed, in exact arithmetic."""
+    share = fractions.Fraction(share)
+    return float(
+        sum(math.comb(number, k) * share**k * (1 - share) ** (number - k) for k in range(room + 1, number + 1))
+    )
+
+
 def test_capacity_has_room_for_the_fluctuations_of_few_tokens():
-    """16 choices a device on average need 1.25 times that too often: five standard deviations are 20 more."""
+    """128 tokens in training: 15.2 rows and 16 choices a device on average, where 1.25 times that is too little."""
     capacity = plan_capacity(num_tokens=128, num_nodes=8, devices_per_node=8, factor=1.25, **REPORT)
-    assert capacity.device_choices == 40 and capacity.device_rows == 40  # 15.2 rows on average
+    assert (capacity.device_rows, capacity.device_choices) == (36, 39)
+    for room, number, mean in ((36, 128, capacity.mean_device_rows), (39, 1024, 16)):
+        assert chance_of_more(room, number, mean / number) <= 3e-7 < chance_of_more(room - 1, number, mean / number)
+
+
+def test_capacity_of_the_report_decoding_layout():
+    """320 devices with one expert each, 32 tokens: room for 18 in every node and 8 on every device, not for all.
+
+    Of a group's 40 slots two are chosen, half of the groups: a node, 8 slots of a group, is reached by
+    0.5 · (1 - 32·31/(40·39)) = 18.2% of the tokens, a device by 2.5%.
+    """
+    shape = {"num_tokens": 32, "num_nodes": 40, "devices_per_node": 8} | REPORT | {"num_experts": 320}
+    capacity = plan_capacity(factor=1.25, **shape)
+    assert (capacity.node_rows, capacity.device_rows, capacity.device_choices) == (18, 8, 8)
+    for room, share in ((18, 0.5 * (1 - 32 * 31 / (40 * 39))), (8, 0.5 * 2 / 40)):
+        assert chance_of_more(room, 32, share) <= 3e-7
+    everything = plan_capacity(factor=40.0, **shape)
+    assert everything.is_always_enough and everything.received_rows == 4 * capacity.received_rows
+    sent, most = capacity.bytes_sent(1), everything.bytes_sent(1)
+    assert (sent["node"] / most["node"], sent["inner"] / most["inner"]) == (18 / 32, 8 / 32)
 
 
 def test_tokens_go_everywhere_where_uniform_routing_nearly_does():
