@@ -7,6 +7,11 @@ of them, so that two can multiply while one adds up; with two of 64 rows, produc
 warpgroup may multiply several waves of 64 rows instead, one after the other, so that operands are read for a larger
 tile. A stage is given back before the last addition.
 
+Blocks of a cluster multiply the same rows with neighbouring columns, step by step together: each loads its columns, and
+its share of the rows for all of them. So a block may load rows only when all of them have given the stage back, which
+their copying warpgroups tell each other. The multiplying ones signal their own block alone: of a warpgroup that signals
+others, only the first warp does, and the rest might still read the stage, or miss its next arrival for good.
+
 The scales of a stage are read by ordinary loads and overwritten by TMA without a proxy fence between: the loads have
 returned before the stage is given back. The race detector of the interpreter wants the fence (`Tile.fence`); it costs
 2% on an H200.
@@ -22,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3_jax.config import require
 from dsv3_jax.fp8.formats import TILE, QuantizedArray
 from dsv3_jax.kernels.device import NUM_SMS
 from dsv3_jax.kernels.hopper import PRODUCER_REGISTERS, WARPGROUP_ROWS, consumer_registers, segmented
@@ -42,15 +48,20 @@ class Tile:
     store_columns: int = 128  # columns per store to device memory
     store_slots: int = 1  # stores in flight per warpgroup
     raster_rows: int = 8  # row tiles swept together, so that their rows and weights meet in L2
+    cluster: int = 1  # thread blocks with neighbouring columns that share each load of the rows
     fence: bool = False  # a proxy fence before a stage is given back
 
     @property
     def rows(self) -> int:
         return WARPGROUP_ROWS * self.warpgroups * self.waves
 
+    @property
+    def cluster_columns(self) -> int:
+        return self.columns * self.cluster
+
 
 class Work(NamedTuple):
-    """One output tile: which block of which group, and which part of the contraction."""
+    """The output tiles of a cluster: which rows and columns of which group, and which part of the contraction."""
 
     group: Any
     first_row: Any
@@ -78,14 +89,21 @@ def scaled_matmul(
       tables: arrays that the callables read.
       out_type: [R, C] or, with one matrix per group, [E, R, C].
       tile: the work of one thread block.
-      num_work: references to the tables -> number of output tiles.
+      num_work: references to the tables -> number of pieces of work, each of tile.rows x tile.cluster_columns.
       work_at: (references to the tables, index) -> `Work`.
+
+    Raises:
+      ValueError: the tile's cluster does not divide the multiprocessors, or the rows of a wave.
     """
     whole_shape = out_type.shape
     a, b = with_whole_tiles(a), with_whole_tiles(b)
     out_type = with_whole_rows(out_type)
     columns, stages, warpgroups, waves = tile.columns, tile.stages, tile.warpgroups, tile.waves
     wave_rows = WARPGROUP_ROWS * warpgroups
+    require_cluster(tile, wave_rows)
+    num_clusters = NUM_SMS // tile.cluster
+    is_clustered = tile.cluster > 1
+    by_all = {"collective_axes": ("block",)} if is_clustered else {}
     out_columns = out_type.shape[-1]
     is_blockwise = b.tile == "block"
     block_scales = b.scales.shape[-1]
@@ -93,15 +111,17 @@ def scaled_matmul(
 
     # One function because the two roles share barriers, buffers and the order of tiles.
     def fp8_matmul_kernel(*refs):
-        refs, full = refs[:-waves], refs[-waves:]
-        *in_refs, out_ref, a_smem, b_smem, a_scales_smem, b_scales_smem, out_smem = refs[:-3]
-        empty, full_blocks, empty_blocks = refs[-3:]
+        *in_refs, out_ref, a_smem, b_smem, a_scales_smem, b_scales_smem, out_smem = refs[:-5]
+        empty, full_blocks, empty_blocks, full, empty_in_all = refs[-5:]
         a_ref, a_scales_ref, b_ref, b_scales_ref, *table_refs = in_refs
         warpgroup, first = lax.axis_index("warpgroup"), lax.axis_index("first")
-        count = lax.div(num_work(table_refs) - first + NUM_SMS - 1, NUM_SMS)
+        count = lax.div(num_work(table_refs) - first + num_clusters - 1, num_clusters)
 
         def work(index):
-            return work_at(table_refs, first + jnp.minimum(index, jnp.maximum(count - 1, 0)) * NUM_SMS)
+            now = work_at(table_refs, first + jnp.minimum(index, jnp.maximum(count - 1, 0)) * num_clusters)
+            if is_clustered:
+                now = now._replace(first_column=now.first_column + lax.axis_index("block") * columns)
+            return now
 
         def next_slot(slot):
             return jnp.where(slot == stages - 1, 0, slot + 1)
@@ -126,17 +146,22 @@ def scaled_matmul(
 
                 def load_step(index, slot):
                     plgpu.barrier_wait(empty.at[slot])
+                    if is_clustered:
+                        plgpu.barrier_arrive(empty_in_all.at[slot])
                     step = now.first_step + index
                     contracted = pl.ds(step * TILE, TILE)
                     arrived = full[0].at[slot]
                     plgpu.copy_gmem_to_smem(b_ref.at[(*matrix, tile_columns, contracted)], b_smem.at[slot], arrived)
                     if not is_blockwise:
                         plgpu.copy_gmem_to_smem(b_scales_ref.at[step, tile_columns], b_scales_smem.at[slot], arrived)
+                    if is_clustered:
+                        plgpu.barrier_wait(empty_in_all.at[slot])
                     for wave in range(waves):
                         source = pl.ds(pl.multiple_of(now.first_row + wave * wave_rows, WARPGROUP_ROWS), wave_rows)
                         target, arrived = pl.ds(wave * wave_rows, wave_rows), full[wave].at[slot]
-                        plgpu.copy_gmem_to_smem(a_ref.at[source, contracted], a_smem.at[slot, target], arrived)
-                        plgpu.copy_gmem_to_smem(a_scales_ref.at[step, source], a_scales_smem.at[slot, target], arrived)
+                        codes, scales = a_ref.at[source, contracted], a_scales_ref.at[step, source]
+                        plgpu.copy_gmem_to_smem(codes, a_smem.at[slot, target], arrived, **by_all)
+                        plgpu.copy_gmem_to_smem(scales, a_scales_smem.at[slot, target], arrived, **by_all)
                     return next_slot(slot)
 
                 return lax.fori_loop(0, now.num_steps, load_step, slot), later
@@ -149,6 +174,9 @@ def scaled_matmul(
                 return next_slot(slot)
 
             lax.fori_loop(0, stages, drain, slot)
+            if is_clustered:  # no block ends while rows or signals are under way between it and another
+                plgpu.barrier_arrive(empty_in_all.at[slot])
+                plgpu.barrier_wait(empty_in_all.at[slot])
             if is_blockwise:
                 for later in range(2):
                     plgpu.barrier_wait(empty_blocks.at[lax.rem(count + later, 2)])
@@ -255,8 +283,10 @@ def scaled_matmul(
     out = plgpu.kernel(
         fp8_matmul_kernel,
         out_type=out_type,
-        grid=(NUM_SMS,),
+        grid=(num_clusters,),
         grid_names=("first",),
+        cluster=(tile.cluster,) if is_clustered else (),
+        cluster_names=("block",) if is_clustered else (),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=(
@@ -268,8 +298,11 @@ def scaled_matmul(
             plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
             plgpu.Barrier(num_barriers=2, num_arrivals=len(scale_boxes(block_scales))),
             plgpu.Barrier(num_barriers=2, num_arrivals=warpgroups),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=3 if is_blockwise else 4),
-            *[plgpu.Barrier(num_barriers=stages, num_arrivals=2)] * (waves - 1),
+            [
+                plgpu.Barrier(num_barriers=stages, num_arrivals=3 if is_blockwise else 4),
+                *[plgpu.Barrier(num_barriers=stages, num_arrivals=2)] * (waves - 1),
+            ],
+            plgpu.ClusterBarrier(collective_axes=("block",), num_barriers=stages) if is_clustered else None,
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*operands)
@@ -277,6 +310,14 @@ def scaled_matmul(
     # gradients are only stacked: without it the kernel writes them where they belong.
     out = lax.optimization_barrier(out) if is_blockwise else out
     return out if out.shape == whole_shape else out[tuple(map(slice, whole_shape))]
+
+
+def require_cluster(tile: Tile, wave_rows: int) -> None:
+    """Raises a ValueError for a cluster that leaves multiprocessors idle or whose share of a wave TMA cannot copy."""
+    require(NUM_SMS % tile.cluster == 0, "tile.cluster", tile.cluster, f"must divide {NUM_SMS} multiprocessors")
+    share_is_whole = wave_rows % (TMA_SCALE_ROW * tile.cluster) == 0
+    fix = f"must divide the {wave_rows} rows of a wave into multiples of {TMA_SCALE_ROW}"
+    require(share_is_whole, "tile.cluster", tile.cluster, fix)
 
 
 def with_whole_tiles(quantized: QuantizedArray) -> QuantizedArray:

@@ -95,31 +95,47 @@ def tile_of(call: Call) -> Any:
     raise AssertionError("the product ran neither of its kernels")
 
 
+def clustered_tiles(out_dtype: Any) -> dict[str, Tile]:
+    """Returns tiles of thread blocks in clusters of two, by what tells them apart."""
+    width = 128 // jnp.dtype(out_dtype).itemsize
+    in_waves = Tile(warpgroups=2, waves=2, store_columns=width, cluster=2)
+    return {
+        "in clusters": Tile(store_columns=width, cluster=2),
+        "in clusters and waves": in_waves,
+        "in clusters and waves of 3 stages": dataclasses.replace(
+            in_waves, stages=3, store_columns=2 * width, store_slots=2
+        ),
+    }
+
+
 def ragged_calls() -> dict[str, Call]:
-    """Returns calls of the FP8 products whose sizes no tile divides, and of tiles in waves."""
+    """Returns calls of the FP8 products whose sizes no tile divides, and of tiles in waves and in clusters."""
     sizes = jax.ShapeDtypeStruct((3,), jnp.int32)
     in_waves = Tile(warpgroups=2, waves=2, store_columns=64)
     gradient_in_waves = dataclasses.replace(in_waves, store_columns=32)
-    return {
-        "ragged": Call(dense.fp8_matmul, (rows(4071, 7185), blocks(2117, 7185))),
+    product, gradient = (rows(4071, 7185), blocks(2117, 7185)), (rows(581, 1007), rows(2117, 1007))
+    grouped_product = (rows(896, 719), blocks(3, 581, 719), sizes)
+    grouped_gradient = (rows(581, 1024), rows(719, 1024), sizes)
+    multiply_groups = functools.partial(grouped.grouped_fp8_matmul, alignment=128)
+    gradients_of_groups = functools.partial(grouped.grouped_fp8_weight_gradient, alignment=256)
+    gradient_of = functools.partial(dense.fp8_matmul, out_dtype=jnp.float32)
+    clustered = {}
+    for name, tile in clustered_tiles(jnp.bfloat16).items():
+        clustered[f"ragged {name}"] = Call(functools.partial(dense.fp8_matmul, tile=tile), product)
+        clustered[f"ragged grouped {name}"] = Call(functools.partial(multiply_groups, tile=tile), grouped_product)
+    for name, tile in clustered_tiles(jnp.float32).items():
+        clustered[f"ragged gradient {name}"] = Call(functools.partial(gradient_of, tile=tile), gradient)
+        clustered[f"ragged grouped gradient {name}"] = Call(
+            functools.partial(gradients_of_groups, tile=tile), grouped_gradient
+        )
+    return clustered | {
+        "ragged": Call(dense.fp8_matmul, product),
         "ragged, few rows": Call(dense.fp8_matmul, (rows(7, 1551), blocks(581, 1551))),
-        "ragged gradient": Call(
-            functools.partial(dense.fp8_matmul, out_dtype=jnp.float32), (rows(581, 1007), rows(2117, 1007))
-        ),
-        "ragged in waves": Call(
-            functools.partial(dense.fp8_matmul, tile=in_waves), (rows(4071, 7185), blocks(2117, 7185))
-        ),
-        "ragged gradient in waves": Call(
-            functools.partial(dense.fp8_matmul, out_dtype=jnp.float32, tile=gradient_in_waves),
-            (rows(581, 1007), rows(2117, 1007)),
-        ),
-        "ragged grouped": Call(
-            functools.partial(grouped.grouped_fp8_matmul, alignment=128), (rows(896, 719), blocks(3, 581, 719), sizes)
-        ),
-        "ragged grouped gradient": Call(
-            functools.partial(grouped.grouped_fp8_weight_gradient, alignment=256),
-            (rows(581, 1024), rows(719, 1024), sizes),
-        ),
+        "ragged gradient": Call(gradient_of, gradient),
+        "ragged in waves": Call(functools.partial(dense.fp8_matmul, tile=in_waves), product),
+        "ragged gradient in waves": Call(functools.partial(gradient_of, tile=gradient_in_waves), gradient),
+        "ragged grouped": Call(multiply_groups, grouped_product),
+        "ragged grouped gradient": Call(gradients_of_groups, grouped_gradient),
     }
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper_cases import other_calls, product_calls, ragged_calls
+from hopper_cases import clustered_tiles, other_calls, product_calls, ragged_calls
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from tensor_core_rounding import assert_product, widen
 
@@ -88,7 +88,7 @@ def assert_rounded_once(actual: jax.Array, expected: jax.Array) -> None:
     assert (np.abs(actual - expected) <= tolerance * scale).all()
 
 
-def assert_empty_groups_are_zero(dw_ECK: jax.Array, sizes: tuple[int, ...]) -> None:
+def assert_empty_groups_are_zero(dw_ECK: jax.Array, sizes: tuple[int, ...] | jax.Array) -> None:
     assert not np.asarray(dw_ECK)[np.asarray(sizes) == 0].any(), "an empty group has exactly zero gradient"
 
 
@@ -112,6 +112,8 @@ def interpreter(monkeypatch):
 FENCED = Tile(warpgroups=2, stages=2, fence=True)  # the race detector does not know why the fence can be left out
 FENCED_FLOAT32 = Tile(warpgroups=2, stages=2, store_columns=32, store_slots=2, fence=True)
 IN_WAVES = dataclasses.replace(FENCED_FLOAT32, warpgroups=1, waves=2)
+IN_CLUSTERS = dataclasses.replace(FENCED_FLOAT32, cluster=2)
+IN_WAVES_AND_CLUSTERS = dataclasses.replace(IN_WAVES, cluster=2)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,8 @@ IN_WAVES = dataclasses.replace(FENCED_FLOAT32, warpgroups=1, waves=2)
         ((131, 157, 270), "row", jnp.float32, FENCED_FLOAT32),
         ((200, 141, 319), "block", jnp.bfloat16, IN_WAVES),
         ((131, 157, 270), "row", jnp.float32, IN_WAVES),
+        ((200, 300, 319), "block", jnp.bfloat16, IN_CLUSTERS),
+        ((131, 90, 270), "row", jnp.float32, IN_WAVES_AND_CLUSTERS),
         ((69, 99, 391), "block", jnp.bfloat16, FewRowsTile(columns=64, warpgroups=2, stages=4, fence=True)),
     ],
 )
@@ -130,7 +134,10 @@ def test_dense_kernels_in_the_interpreter_without_races(interpreter, shape, b_ti
     assert_rounded_once(actual, reference.fp8_matmul(a, b, out_dtype=out_dtype))
 
 
-@pytest.mark.parametrize(("tile", "gradient_tile"), [(FENCED, FENCED_FLOAT32), (IN_WAVES, IN_WAVES)])
+@pytest.mark.parametrize(
+    ("tile", "gradient_tile"),
+    [(FENCED, FENCED_FLOAT32), (IN_WAVES, IN_WAVES), (IN_CLUSTERS, IN_WAVES_AND_CLUSTERS)],
+)
 def test_grouped_kernels_in_the_interpreter_without_races(interpreter, tile, gradient_tile):
     sizes = (130, 0, 5)
     drawn = grouped_operands(sizes, 190, 250)
@@ -153,6 +160,18 @@ def test_partial_tiles_leave_stores_under_way_alone(interpreter, monkeypatch):
     assert_rounded_once(actual, reference.fp8_matmul(a, b, out_dtype=jnp.float32))
 
 
+@pytest.mark.parametrize(
+    ("tile", "words"),
+    [
+        (Tile(cluster=5), r"tile.cluster=5: must divide 132 multiprocessors"),
+        (Tile(warpgroups=1, cluster=4), r"tile.cluster=4: must divide the 64 rows of a wave into multiples of 32"),
+    ],
+)
+def test_clusters_that_cannot_share_the_rows_are_refused(tile, words):
+    with pytest.raises(ValueError, match=words):
+        dense.fp8_matmul(*dense_operands(200, 144, 320, b_tile="block"), tile=tile)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "shape", [(1, 16, 16), (33, 37, 7), (7, 580, 1552), (129, 2116, 7184), (200, 144, 320), (4096, 2112, 7168)]
@@ -169,15 +188,43 @@ def test_dense_kernels_on_hopper(shape, b_tile, out_dtype, spread):
 @pytest.mark.parametrize("spread", [0, 20])
 @pytest.mark.parametrize("widths", [(576, 720), (37, 45)])
 def test_grouped_kernels_on_hopper(sizes, widths, spread):
-    drawn = grouped_operands(sizes, *widths, spread=spread)
-    y_MC = grouped.grouped_fp8_matmul(drawn.rows, drawn.weights, drawn.sizes_E, alignment=128)
-    dw_EKC = grouped.grouped_fp8_weight_gradient(drawn.columns, drawn.dy_columns, drawn.sizes_E, alignment=128)
+    assert_grouped_products(grouped_operands(sizes, *widths, spread=spread), tile=None, gradient_tile=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape", [(300, 2112, 7168), (4096, 2112, 512), (1, 576, 1552), (129, 100, 320), (2000, 576, 7184)]
+)
+@pytest.mark.parametrize(("b_tile", "out_dtype"), [("block", jnp.bfloat16), ("row", jnp.float32)])
+@pytest.mark.parametrize("name", clustered_tiles(jnp.bfloat16))
+def test_dense_kernels_in_clusters_on_hopper(shape, b_tile, out_dtype, name):
+    a, b = dense_operands(*shape, b_tile=b_tile)
+    tile = clustered_tiles(out_dtype)[name]
+    assert_product(dense.fp8_matmul(a, b, out_dtype=out_dtype, tile=tile), widen(a), widen(b), out_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(130, 0, 5, 1000), (0, 0, 2000), (777,), (0, 0), (1, 700, 129, 3, 4000, 260)])
+@pytest.mark.parametrize("widths", [(576, 720), (2112, 300)])
+@pytest.mark.parametrize("name", clustered_tiles(jnp.bfloat16))
+def test_grouped_kernels_in_clusters_on_hopper(sizes, widths, name):
+    """Of groups of uneven sizes, warpgroups that have no rows pass over steps: there clusters could stop for ever."""
+    tile, gradient_tile = clustered_tiles(jnp.bfloat16)[name], clustered_tiles(jnp.float32)[name]
+    assert_grouped_products(grouped_operands(sizes, *widths), tile=tile, gradient_tile=gradient_tile)
+
+
+def assert_grouped_products(drawn: Grouped, *, tile: Tile | None, gradient_tile: Tile | None) -> None:
+    """Asserts that the product and the weight gradient of each group are that of its values."""
+    settings = {"alignment": 128}
+    y_MC = grouped.grouped_fp8_matmul(drawn.rows, drawn.weights, drawn.sizes_E, tile=tile, **settings)
+    columns = (drawn.columns, drawn.dy_columns)
+    dw_EKC = grouped.grouped_fp8_weight_gradient(*columns, drawn.sizes_E, tile=gradient_tile, **settings)
     rows, weights, columns, dy_columns = map(widen, drawn[:4])
     for group, (start, end) in enumerate(itertools.pairwise([0, *drawn.ends])):
         own = slice(start, end)
         assert_product(y_MC[own], rows[own], weights[group], jnp.bfloat16)
         assert_product(dw_EKC[group], columns[:, own], dy_columns[:, own], jnp.float32)
-    assert_empty_groups_are_zero(dw_EKC, sizes)
+    assert_empty_groups_are_zero(dw_EKC, drawn.sizes_E)
 
 
 @pytest.fixture(scope="module")

@@ -32,11 +32,11 @@ def fp8_matmul(
     out_type = jax.ShapeDtypeStruct((num_rows, num_columns), out_dtype)
     if isinstance(tile, tuned.FewRowsTile):
         return few_rows_matmul(a, b, out_type=out_type, tile=tile)
-    row_tiles, column_tiles = pl.cdiv(num_rows, tile.rows), pl.cdiv(num_columns, tile.columns)
+    row_tiles, column_tiles = pl.cdiv(num_rows, tile.rows), pl.cdiv(num_columns, tile.cluster_columns)
 
     def work_at(_, index):
         row, column = plgpu.planar_snake(index, (row_tiles, column_tiles), 1, tile.raster_rows)
-        return Work(0, row * tile.rows, num_rows, column * tile.columns, 0, num_tiles(contraction))
+        return Work(0, row * tile.rows, num_rows, column * tile.cluster_columns, 0, num_tiles(contraction))
 
     num_work = row_tiles * column_tiles
     return scaled_matmul(a, b, out_type=out_type, tile=tile, num_work=lambda _: num_work, work_at=work_at)

@@ -37,7 +37,7 @@ def grouped_fp8_matmul(
         tile = tuned_fp8.product(out_dtype)
     num_rows, contraction = a.codes.shape
     num_groups, columns, _ = b.codes.shape
-    column_tiles = pl.cdiv(columns, tile.columns)
+    column_tiles = pl.cdiv(columns, tile.cluster_columns)
     live_E = -(-group_sizes_E // alignment) * alignment
     tables = _row_tiles(live_E, tile.rows, max_tiles=num_rows // tile.rows + num_groups)
 
@@ -48,7 +48,7 @@ def grouped_fp8_matmul(
             group_ref[row],
             first_row_ref[row],
             row_end_ref[row],
-            column * tile.columns,
+            column * tile.cluster_columns,
             0,
             num_tiles(contraction),
         )
@@ -82,7 +82,7 @@ def grouped_fp8_weight_gradient(
         tile = tuned_fp8.weight_gradient(out_dtype)
     rows, columns = a.codes.shape[0], b.codes.shape[0]
     (num_groups,) = group_sizes_E.shape
-    row_tiles, column_tiles = pl.cdiv(rows, tile.rows), pl.cdiv(columns, tile.columns)
+    row_tiles, column_tiles = pl.cdiv(rows, tile.rows), pl.cdiv(columns, tile.cluster_columns)
     steps_E = (-(-group_sizes_E // alignment) * (alignment // TILE)).astype(jnp.int32)
     first_step_E = jnp.cumsum(steps_E, dtype=jnp.int32) - steps_E
 
@@ -92,7 +92,7 @@ def grouped_fp8_weight_gradient(
         in_group = lax.rem(index, row_tiles * column_tiles)
         row, column = plgpu.planar_snake(in_group, (row_tiles, column_tiles), 1, tile.raster_rows)
         return Work(
-            group, row * tile.rows, rows, column * tile.columns, first_step_ref[group], steps_ref[group]
+            group, row * tile.rows, rows, column * tile.cluster_columns, first_step_ref[group], steps_ref[group]
         )
 
     return scaled_matmul(
