@@ -252,16 +252,20 @@ def scaled_matmul(
                 slot = lax.fori_loop(own_steps, now.num_steps, skip_step, slot)
                 if is_blockwise:
                     plgpu.barrier_arrive(empty_blocks.at[parity])
-                for own_first_row, acc in zip(own_first_rows, accs, strict=True):
-                    store_wave(acc.astype(out_type.dtype), own_first_row, now)
+                for wave, acc in enumerate(accs):
+                    store_wave(wave, acc.astype(out_type.dtype), now)
                 return slot, later
 
-            def store_wave(out_tile, own_first_row, now):
+            def store_wave(wave, out_tile, now):
                 matrix = (now.group,) if len(out_type.shape) == 3 else ()
-                first_row = pl.multiple_of(now.first_row, WARPGROUP_ROWS) + own_first_row
+                first_row = pl.multiple_of(now.first_row, WARPGROUP_ROWS) + own_first_rows[wave]
                 block_rows = pl.ds(first_row, WARPGROUP_ROWS)
                 width = tile.store_columns
-                for i, start in enumerate(range(0, columns, width)):
+                # Slots in flight are known until a block is left out. In a wave, those after it are left out too; if it
+                # was for its rows, so are all later waves. If it may be for its columns, each wave starts anew.
+                is_whole = columns == width or out_columns % columns == 0
+                stored_before = wave * (columns // width) if is_whole else 0
+                for i, start in enumerate(range(0, columns, width), start=stored_before):
                     first_column = pl.multiple_of(now.first_column, columns) + start
                     block = out_tile[:, start : start + width]
 
@@ -269,7 +273,6 @@ def scaled_matmul(
                     def _store(i=i, block=block, first_column=first_column):
                         target = out_ref.at[(*matrix, block_rows, pl.ds(first_column, width))]
                         buffer = out_smem.at[warpgroup, i % tile.store_slots]
-                        # Blocks may have been left out before, so which slots are in flight is not known.
                         plgpu.wait_smem_to_gmem(tile.store_slots - 1 if i else 0, wait_read_only=True)
                         buffer[...] = block
                         plgpu.commit_smem()

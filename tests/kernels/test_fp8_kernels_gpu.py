@@ -152,10 +152,20 @@ def test_grouped_kernels_in_the_interpreter_without_races(interpreter, tile, gra
     assert_empty_groups_are_zero(actual, sizes)
 
 
-def test_partial_tiles_leave_stores_under_way_alone(interpreter, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        ((130, 160, 128), {}),
+        ((200, 160, 128), {"waves": 2}),
+        ((200, 256, 128), {"waves": 2}),
+        ((200, 256, 128), {"waves": 2, "store_slots": 3}),
+        ((200, 160, 128), {"waves": 2, "store_columns": 128}),
+    ],
+)
+def test_partial_tiles_leave_stores_under_way_alone(interpreter, monkeypatch, shape, changes):
     monkeypatch.setattr(scaled_matmul, "NUM_SMS", 1)  # all tiles in one thread block, one after the other
-    tile = Tile(warpgroups=1, stages=2, store_columns=32, store_slots=2, fence=True)
-    a, b = dense_operands(130, 160, 128, b_tile="row")
+    tile = dataclasses.replace(FENCED_FLOAT32, warpgroups=1, **changes)
+    a, b = dense_operands(*shape, b_tile="row")
     actual = dense.fp8_matmul(a, b, out_dtype=jnp.float32, tile=tile)
     assert_rounded_once(actual, reference.fp8_matmul(a, b, out_dtype=jnp.float32))
 
