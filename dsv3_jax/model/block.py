@@ -45,27 +45,32 @@ class Block(nnx.Module):
         self.post_attention_layernorm = declare(embed, init="ones")
         self.mlp = MoE(config) if is_moe else FeedForward(config.hidden_size, config.intermediate_size, ffn_axis="ffn")
 
-    def __call__(self, x_BTD, cosines, sines, first_key_BT=None) -> tuple[jax.Array, jax.Array, MoEStatistics | None]:
+    def __call__(
+        self, x_BTD, cosines, sines, first_key_BT=None, is_live_BT=None
+    ) -> tuple[jax.Array, jax.Array, MoEStatistics | None]:
         """Returns the block's output, the latents that a cache keeps, and the routing of a MoE block."""
         normed = self._norm(x_BTD, self.input_layernorm)
         with jax.named_scope("attention"):
             attended, cached_BTZ = self.self_attn(normed, cosines, sines, first_key_BT)
-        y_BTD, statistics = self._feed_forward(x_BTD + attended, token_dim=1)
+        y_BTD, statistics = self._feed_forward(x_BTD + attended, is_live_BT, token_dim=1)
         return y_BTD, cached_BTZ, statistics
 
-    def decode(self, x_BTD, cosines, sines, cache_BSZ, lengths_B) -> tuple[jax.Array, jax.Array]:
-        """Returns the output of new tokens and the cache with them in it."""
+    def decode(
+        self, x_BTD, cosines, sines, cache_BSZ, lengths_B, is_live_BT
+    ) -> tuple[jax.Array, jax.Array, MoEStatistics | None]:
+        """Returns the output of new tokens, the cache with them in it, and the routing of a MoE block."""
         normed = self._norm(x_BTD, self.input_layernorm)
         with jax.named_scope("attention"):
             attended, cache_BSZ = self.self_attn.decode(normed, cosines, sines, cache_BSZ, lengths_B)
-        return self._feed_forward(x_BTD + attended, token_dim=0)[0], cache_BSZ
+        y_BTD, statistics = self._feed_forward(x_BTD + attended, is_live_BT, token_dim=0)
+        return y_BTD, cache_BSZ, statistics
 
-    def _feed_forward(self, x_BTD, token_dim: int) -> tuple[jax.Array, MoEStatistics | None]:
+    def _feed_forward(self, x_BTD, is_live_BT, token_dim: int) -> tuple[jax.Array, MoEStatistics | None]:
         normed = self._norm(x_BTD, self.post_attention_layernorm)
         if not self.is_moe:
             with jax.named_scope("feed_forward"):
                 return x_BTD + scatter_tokens(self.mlp(normed.gather(token_dim)), token_dim), None
-        y_BTD, statistics = self.mlp(normed)
+        y_BTD, statistics = self.mlp(normed, is_live_BT)
         return x_BTD + y_BTD, statistics
 
     def _norm(self, x_BTD, weight) -> Normed:
@@ -84,15 +89,22 @@ def scan_blocks(blocks: Block, x_BTD, cosines, sines, first_key_BT) -> tuple[jax
     return jax.lax.scan(remat(run_layer, blocks.config.remat_policy), x_BTD, layers)
 
 
-def scan_blocks_with_cache(blocks: Block, x_BTD, cosines, sines) -> tuple[jax.Array, jax.Array]:
-    """Runs a stack of blocks; returns the output and what a cache keeps, [L, B, T, C + R]."""
+def scan_blocks_with_cache(
+    blocks: Block, x_BTD, cosines, sines, is_live_BT
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Runs a stack of blocks.
+
+    Returns:
+      The output; what a cache keeps, [L, B, T, C + R]; of MoE blocks the live tokens of every expert, int32 [L, E].
+    """
     graphdef, layers = nnx.split(blocks)
 
     def run_layer(x_BTD, layer):
-        y_BTD, cached_BTZ, _ = nnx.merge(graphdef, layer)(x_BTD, cosines, sines)
-        return y_BTD, cached_BTZ
+        y_BTD, cached_BTZ, statistics = nnx.merge(graphdef, layer)(x_BTD, cosines, sines, None, is_live_BT)
+        return y_BTD, (cached_BTZ, statistics and statistics.tokens_per_expert_E)
 
-    return jax.lax.scan(run_layer, x_BTD, layers)
+    y_BTD, (cached_LBTZ, tokens_per_expert_LE) = jax.lax.scan(run_layer, x_BTD, layers)
+    return y_BTD, cached_LBTZ, tokens_per_expert_LE
 
 
 def remat(layer_function, policy: str):

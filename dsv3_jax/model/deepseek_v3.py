@@ -27,7 +27,8 @@ from dsv3_jax.model.params import (
     stacked,
 )
 from dsv3_jax.model.weights import as_array, is_fp8
-from dsv3_jax.sharding.collectives import gather_tokens, own_tokens, take_token
+from dsv3_jax.sharding.collectives import gather_tokens, own_tokens, sum_over, take_token
+from dsv3_jax.sharding.mesh import AXES
 from dsv3_jax.sharding.rules import split_param
 
 
@@ -196,7 +197,7 @@ def logits(config: ModelConfig, params: dict, h: jax.Array) -> jax.Array:
 
 def prefill(
     config: ModelConfig, params: dict, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Cache, jax.Array]:
     """Reads prompts into an empty cache.
 
     Args:
@@ -206,10 +207,11 @@ def prefill(
       cache: from `init_cache`, with room for T tokens.
 
     Returns:
-      float32 logits [B, V] after the last real token, and the filled cache.
+      float32 logits [B, V] after the last real token; the filled cache; how many real tokens chose each expert of every
+      MoE layer, int32 [L, E].
 
     In a program of `sharding.rules.per_device`, as in `decode_step`, rows are those of this device's batch shard; the
-    devices of a tensor axis all have the same rows, caches and logits.
+    devices of a tensor axis all have the same rows, caches and logits; the experts' tokens are those of all devices.
     """
     length = tokens_BT.shape[1]
     _require_fits(config, length)
@@ -217,16 +219,19 @@ def prefill(
     require(length <= room, "prompt length", length, f"exceeds the cache's {room} tokens; make a longer cache")
     model = _bind(config, params)
     cosines, sines = rope.rotation(config, jnp.arange(length))
-    x_BTD, new_latents = model.embed(own_tokens(tokens_BT, 1)), []
+    is_live_BT = own_tokens(jnp.arange(length) < lengths_B[:, None], 1)
+    x_BTD, new_latents, loads = model.embed(own_tokens(tokens_BT, 1)), [], []
     for blocks in model.stacks().values():
-        x_BTD, new_LBTZ = scan_blocks_with_cache(blocks, x_BTD, cosines, sines)
+        x_BTD, new_LBTZ, tokens_per_expert_LE = scan_blocks_with_cache(blocks, x_BTD, cosines, sines, is_live_BT)
         new_latents += list(new_LBTZ)
+        loads += [] if tokens_per_expert_LE is None else list(tokens_per_expert_LE)
     latents = tuple(
         jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), 0, axis=1)
         for old, new in zip(cache.latents, new_latents, strict=True)
     )
     last_BD = take_token(x_BTD, lengths_B - 1)
-    return model.project_to_logits(model.final_norm(last_BD)), Cache(latents, lengths_B)
+    logits_BV = model.project_to_logits(model.final_norm(last_BD))
+    return logits_BV, Cache(latents, lengths_B), _sum_loads(config, loads)
 
 
 def split_layers(params: dict) -> dict:
@@ -240,34 +245,52 @@ def split_layers(params: dict) -> dict:
     return params | {name: tuple(map(_absorbable, _layers(params[name]))) for name in names}
 
 
-def decode_step(config: ModelConfig, params: dict, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Continues every row by one token; returns float32 logits [B, V] and the longer cache.
+def decode_step(
+    config: ModelConfig, params: dict, tokens_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache, jax.Array]:
+    """Continues every row by one token.
 
     Args:
       params: as for `prefill`, or what `split_layers` made of them.
-      tokens_B: int32.
+      tokens_B: int32; a negative one in a row that continues nothing, whose results mean nothing.
       cache: with room for one more token.
+
+    Returns:
+      float32 logits [B, V]; the longer cache; how many tokens that are not negative chose each expert of every MoE
+      layer, int32 [L, E].
     """
     config, params = _declared_as(config, params), prepare_params(config, params)
     cosines, sines = rope.rotation(config, cache.lengths_B[:, None])
     layers = [(name, layer) for name in ("dense_layers", "moe_layers") for layer in _layers(params.get(name, ()))]
     ends = {name: value for name, value in params.items() if not name.endswith("_layers")}
     model = nnx.merge(_graphdef(config, with_layers=False), nnx.State(ends))
-    x_BTD, latents = model.embed(own_tokens(tokens_B, 0)[:, None]), []
+    is_live_BT = own_tokens(tokens_B, 0)[:, None] >= 0
+    x_BTD, latents, loads = model.embed(own_tokens(jnp.maximum(tokens_B, 0), 0)[:, None]), [], []
     for (name, layer), cache_BSZ in zip(layers, cache.latents, strict=True):
-        x_BTD, cache_BSZ = _decode_block(
-            config, layer, x_BTD, cosines, sines, cache_BSZ, cache.lengths_B, is_moe=name == "moe_layers"
+        is_moe = name == "moe_layers"
+        x_BTD, cache_BSZ, tokens_per_expert_E = _decode_block(
+            config, layer, x_BTD, cosines, sines, cache_BSZ, cache.lengths_B, is_live_BT, is_moe=is_moe
         )
         latents.append(cache_BSZ)
+        loads += [tokens_per_expert_E] if is_moe else []
     logits_BV = gather_tokens(model.project_to_logits(model.final_norm(x_BTD[:, 0])), 0)
-    return logits_BV, Cache(tuple(latents), cache.lengths_B + 1)
+    return logits_BV, Cache(tuple(latents), cache.lengths_B + 1), _sum_loads(config, loads)
+
+
+def _sum_loads(config: ModelConfig, loads: list[jax.Array]) -> jax.Array:
+    """Returns the tokens of every expert over all devices, int32 [L, E], given those of this device by layer."""
+    own_LE = jnp.stack(loads) if loads else jnp.zeros((0, config.n_routed_experts), jnp.int32)
+    return sum_over(own_LE, AXES)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="is_moe")  # traced, kernels lowered, once for all layers
-def _decode_block(config, layer, x_BTD, cosines, sines, cache_BSZ, lengths_B, *, is_moe) -> tuple[jax.Array, jax.Array]:
-    """Runs one layer on new tokens; returns its output and its cache with them in it."""
+def _decode_block(
+    config, layer, x_BTD, cosines, sines, cache_BSZ, lengths_B, is_live_BT, *, is_moe
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Runs one layer on new tokens; returns its output, the cache with them in it, and if a MoE the experts' tokens."""
     block = nnx.merge(_block_graphdef(config, is_moe=is_moe), nnx.State(layer))
-    return block.decode(x_BTD, cosines, sines, cache_BSZ, lengths_B)
+    x_BTD, cache_BSZ, statistics = block.decode(x_BTD, cosines, sines, cache_BSZ, lengths_B, is_live_BT)
+    return x_BTD, cache_BSZ, statistics and statistics.tokens_per_expert_E
 
 
 def _layers(stack: dict | tuple) -> tuple:

@@ -28,7 +28,7 @@ FP8_EXPERTS = ExpertFunctions(fp8_experts.forward, fp8_experts.encode_gradient, 
 class MoEStatistics(typing.NamedTuple):
     """What training needs to know of one layer's routing."""
 
-    tokens_per_expert_E: jax.Array  # int32, over the tokens of this device
+    tokens_per_expert_E: jax.Array  # int32, over the live tokens of this device
     balance_loss: jax.Array  # float32 scalar, without alpha
     further_rounds: jax.Array  # int32 scalar, of the expert exchange beyond its first; on one device 0
 
@@ -46,15 +46,19 @@ class MoE(nnx.Module):
             width = config.moe_intermediate_size * config.n_shared_experts
             self.shared_experts = FeedForward(config.hidden_size, width, ffn_axis="shared_ffn")
 
-    def __call__(self, x_BTD: jax.Array | Normed) -> tuple[jax.Array, MoEStatistics]:
-        """Maps [B, T, D] to [B, T, D] and reports the routing."""
+    def __call__(
+        self, x_BTD: jax.Array | Normed, is_live_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, MoEStatistics]:
+        """Maps [B, T, D] to [B, T, D] and reports the routing; counts of experts are those of live tokens."""
         x_BTD = x_BTD.value() if isinstance(x_BTD, Normed) else x_BTD
         routing = route(
             self.config, self.gate[...], self.e_score_correction_bias[...], x_BTD.reshape(-1, x_BTD.shape[-1])
         )
         y_BTD, further_rounds = self._run_experts(x_BTD, routing.experts_TK, routing.weights_TK)
         statistics = MoEStatistics(
-            tokens_per_expert(routing.experts_TK, self.config.n_routed_experts),
+            tokens_per_expert(
+                routing.experts_TK, self.config.n_routed_experts, None if is_live_BT is None else is_live_BT.reshape(-1)
+            ),
             balance_loss(self.config, routing.scores_TE.reshape(*x_BTD.shape[:2], -1)),
             further_rounds,
         )

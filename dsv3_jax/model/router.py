@@ -49,8 +49,10 @@ def _keep_best_groups(config: ModelConfig, biased_TE: jax.Array) -> jax.Array:
     return jnp.where(is_kept_TG[..., None], biased_TGe, -jnp.inf).reshape(biased_TE.shape)
 
 
-def tokens_per_expert(experts_TK: jax.Array, num_experts: int) -> jax.Array:
-    """Counts how many tokens chose each expert, int32 [E]."""
+def tokens_per_expert(experts_TK: jax.Array, num_experts: int, is_live_T: jax.Array | None = None) -> jax.Array:
+    """Counts how many tokens, of those that are live, chose each expert, int32 [E]; not given, all tokens are."""
+    if is_live_T is not None:
+        experts_TK = jnp.where(is_live_T[:, None], experts_TK, num_experts)  # which adds nothing
     return jnp.zeros(num_experts, jnp.int32).at[experts_TK.reshape(-1)].add(1)
 
 

@@ -66,7 +66,7 @@ def _generate(
     params = prepare_params(config, params)
     batch_size, prompt_bucket = tokens_BT.shape
     cache_length = min(prompt_bucket + new_bucket, config.max_position_embeddings)
-    logits_BV, cache = prefill(config, params, tokens_BT, lengths_B, init_cache(config, batch_size, cache_length))
+    logits_BV, cache, _ = prefill(config, params, tokens_BT, lengths_B, init_cache(config, batch_size, cache_length))
     decode_params = split_layers(params)
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch_size))
     is_real_V = jnp.arange(config.vocab_size) < num_token_ids
@@ -85,7 +85,7 @@ def _generate(
         new_tokens_BT = new_tokens_BT.at[:, step].set(token_B)
         num_new_B = num_new_B + ~is_done_B
         is_done_B = is_done_B | (token_B == config.eos_token_id)
-        logits_BV, cache = decode_step(config, decode_params, token_B, cache)
+        logits_BV, cache, _ = decode_step(config, decode_params, token_B, cache)
         return step + 1, logits_BV, new_tokens_BT, num_new_B, is_done_B, cache
 
     new_tokens_BT = jnp.zeros((batch_size, new_bucket), jnp.int32)

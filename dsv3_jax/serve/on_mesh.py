@@ -1,4 +1,17 @@
-"""Prefill and decoding on a mesh: one program per device, in the layouts of §3.4."""
+"""Prefill and decoding on a mesh: one program per device, in the layouts of §3.4.
+
+Both tell how many tokens chose each expert, on the devices, so that nothing waits for it. With redundant experts a
+server adds that up, and now and then it places copies of what has become busy (§3.4.1); nothing is compiled again:
+
+    place = placed_params.make_placement(config, mesh, for_decoding=True)
+    decode = make_decode_step(config, mesh, batch_size=batch_size)
+    params = place(masters, placed_params.balance_experts(config, mesh, loads_LE))
+    loads_LE = 0
+    for tokens_B in ...:
+        logits_BV, cache, tokens_per_expert_LE = decode(params, tokens_B, cache)
+        loads_LE += tokens_per_expert_LE
+    params = place(masters, placed_params.balance_experts(config, mesh, jax.device_get(loads_LE)))
+"""
 
 from collections.abc import Callable
 
@@ -13,7 +26,9 @@ from dsv3_jax.sharding.rules import batch_spec, per_device
 
 
 def make_prefill(config: ModelConfig, mesh: jax.sharding.Mesh, *, batch_size: int, length: int) -> Callable:
-    """Builds `prefill(params, tokens_BT, lengths_B, cache) -> (logits_BV, cache)` as `model.prefill`; cache is donated.
+    """Builds `prefill(params, tokens_BT, lengths_B, cache) -> (logits_BV, cache, tokens_per_expert_LE)`.
+
+    As `model.prefill`; cache is donated. The experts' tokens are those of the whole batch, a copy on every device.
 
     Args:
       batch_size: prompts, over all devices.
@@ -24,16 +39,19 @@ def make_prefill(config: ModelConfig, mesh: jax.sharding.Mesh, *, batch_size: in
     """
     check_mesh(Work(config, sequence_length=length, num_sequences=batch_size), mesh)
 
-    def run(params: dict, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def run(params: dict, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple:
         return prefill(config, params, tokens_BT, lengths_B, cache)
 
     rows, cached = batch_spec(), cache_partition(config)
     in_specs = (param_partition(config, mesh, for_decoding=False), rows, rows, cached)
-    return jax.jit(per_device(run, mesh=mesh, in_specs=in_specs, out_specs=(rows, cached)), donate_argnums=3)
+    out_specs = (rows, cached, PartitionSpec())
+    return jax.jit(per_device(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs), donate_argnums=3)
 
 
 def make_decode_step(config: ModelConfig, mesh: jax.sharding.Mesh, *, batch_size: int) -> Callable:
-    """Builds `decode(params, tokens_B, cache) -> (logits_BV, cache)` as `model.decode_step`; cache is donated.
+    """Builds `decode(params, tokens_B, cache) -> (logits_BV, cache, tokens_per_expert_LE)`.
+
+    As `model.decode_step`; cache is donated. The experts' tokens are those of the whole batch, a copy on every device.
 
     Args:
       batch_size: rows, over all devices; the devices of a tensor axis share the feed-forward work of their rows.
@@ -43,12 +61,13 @@ def make_decode_step(config: ModelConfig, mesh: jax.sharding.Mesh, *, batch_size
     """
     check_mesh(Work(config, num_rows=batch_size), mesh)
 
-    def run(params: dict, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def run(params: dict, tokens_B: jax.Array, cache: Cache) -> tuple:
         return decode_step(config, params, tokens_B, cache)
 
     rows, cached = batch_spec(), cache_partition(config)
     in_specs = (param_partition(config, mesh, for_decoding=True), rows, cached)
-    return jax.jit(per_device(run, mesh=mesh, in_specs=in_specs, out_specs=(rows, cached)), donate_argnums=2)
+    out_specs = (rows, cached, PartitionSpec())
+    return jax.jit(per_device(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs), donate_argnums=2)
 
 
 def make_cache(config: ModelConfig, mesh: jax.sharding.Mesh, *, batch_size: int, max_length: int) -> Cache:

@@ -88,7 +88,7 @@ def test_decode_continues_prefill_within_the_format():
 
     @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
     def continue_prompts(params, tokens_BT, next_B):
-        _, cache = model.prefill(CONFIG, params, tokens_BT, lengths_B, model.init_cache(CONFIG, 2, 16))
+        _, cache, _ = model.prefill(CONFIG, params, tokens_BT, lengths_B, model.init_cache(CONFIG, 2, 16))
         return model.decode_step(CONFIG, model.split_layers(params), next_B, cache)[0]
 
     decoded_BV = continue_prompts(model.cast_params(CONFIG, PARAMS), TOKENS[:, :12], TOKENS[[0, 1], lengths_B])

@@ -48,14 +48,34 @@ def test_prefill_and_decode_continue_the_full_forward_at_every_position(changes)
     dirty = jax.tree.map(lambda leaf: leaf + 50 if leaf.ndim > 1 else leaf, empty)
     width = config.kv_lora_rank + config.qk_rope_head_dim  # all that a token leaves behind in a layer
     assert sum(leaf.size for leaf in jax.tree.leaves(empty.latents)) == config.num_hidden_layers * 3 * LENGTH * width
-    logits_BV, cache = jit(functools.partial(model.prefill, config))(params, prompts, jnp.asarray(lengths_B), dirty)
+    logits_BV, cache, _ = jit(functools.partial(model.prefill, config))(params, prompts, jnp.asarray(lengths_B), dirty)
     decode_step, split_params = jit(functools.partial(model.decode_step, config)), model.split_layers(params)
     rows = np.arange(3)
     for step in range(LENGTH - lengths_B.max() + 1):
         np.testing.assert_array_equal(cache.lengths_B, lengths_B + step)
         assert_close(logits_BV, expected[rows, lengths_B + step - 1], FLOAT32_VALUES, f"step {step}")
         if step < LENGTH - lengths_B.max():
-            logits_BV, cache = decode_step(split_params, tokens_BT[rows, lengths_B + step], cache)
+            logits_BV, cache, _ = decode_step(split_params, tokens_BT[rows, lengths_B + step], cache)
+
+
+def test_loads_are_those_of_live_tokens():
+    """What `forward` counts for every row's real tokens: padding and rows without a sequence count for nothing."""
+    config = small_config(num_nextn_predict_layers=0)
+    params, tokens_BT = telling_params(config, 0), random_tokens(config, 1, 2, 5)
+    lengths_B, next_B = np.array([5, 2]), np.array([-1, 3])
+    jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    forward = jit(functools.partial(model.forward, config))
+
+    def count(rows: list[np.ndarray]) -> np.ndarray:
+        return sum(np.asarray(forward(params, row[None]).tokens_per_expert["moe_layers"]) for row in rows)
+
+    prompts = [row[:length] for row, length in zip(tokens_BT, lengths_B, strict=True)]
+    cache = model.init_cache(config, 2, 6)
+    _, cache, prefill_LE = jit(functools.partial(model.prefill, config))(params, tokens_BT, lengths_B, cache)
+    _, _, decode_LE = jit(functools.partial(model.decode_step, config))(params, next_B, cache)
+    assert prefill_LE.dtype == decode_LE.dtype == jnp.int32
+    np.testing.assert_array_equal(prefill_LE, count(prompts))
+    np.testing.assert_array_equal(decode_LE, count([np.append(prompts[1], 3)]) - count(prompts[1:]))
 
 
 def test_absorbed_attention_equals_expanded_attention_for_many_new_tokens():

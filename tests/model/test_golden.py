@@ -145,12 +145,12 @@ def test_greedy_decoding(config, params, golden):
     def generate(params):
         cache = model.init_cache(config, len(prompts), expected.shape[1])
         lengths_B = jnp.full(len(prompts), prompt_length, jnp.int32)
-        logits_BV, cache = model.prefill(config, params, prompts, lengths_B, cache)
+        logits_BV, cache, _ = model.prefill(config, params, prompts, lengths_B, cache)
 
         def step(carry, _):
             logits_BV, cache = carry
             tokens_B = jnp.argmax(logits_BV, axis=-1)
-            return model.decode_step(config, params, tokens_B, cache), tokens_B
+            return model.decode_step(config, params, tokens_B, cache)[:2], tokens_B
 
         num_new = expected.shape[1] - prompt_length
         return jax.lax.scan(step, (logits_BV, cache), length=num_new)[1].T

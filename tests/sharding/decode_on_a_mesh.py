@@ -37,10 +37,17 @@ class Decoding:
         self.place = placed_params.make_placement(config, self.mesh, for_decoding=True)
         self.step = on_mesh.make_decode_step(config, self.mesh, batch_size=BATCH)
 
-    def run(self, params: dict, tokens_B: np.ndarray) -> jax.Array:
-        even = np.ones((self.config.num_moe_layers, self.config.n_routed_experts))
-        placed = self.place(params, placed_params.balance_experts(self.config, self.mesh, even))
-        return self.step(placed, tokens_B, self._cache())[0]
+    def run(self, params: dict, tokens_B: np.ndarray, loads_LE: np.ndarray) -> tuple[jax.Array, np.ndarray]:
+        """Returns logits and the tokens of every expert, with copies of experts as is good for such loads."""
+        placed = self.place(params, placed_params.balance_experts(self.config, self.mesh, loads_LE))
+        logits_BV, _, tokens_per_expert_LE = self.step(placed, tokens_B, self._cache())
+        return logits_BV, np.asarray(tokens_per_expert_LE)
+
+    def busiest_slot(self, loads_LE: np.ndarray, planned_for_LE: np.ndarray) -> float:
+        """Returns the most tokens that come to a device of one expert."""
+        placement_LS = placed_params.balance_experts(self.config, self.mesh, planned_for_LE)
+        copies_LE = np.stack([np.bincount(slots, minlength=loads_LE.shape[1]) for slots in placement_LS])
+        return np.max(loads_LE / copies_LE)
 
     def sent_bytes(self) -> dict[tuple[str, ...], int]:
         """Returns what one device sends by mesh axes, by the compiled program, where one round is enough."""
@@ -66,10 +73,20 @@ def main() -> None:
     assert all_.capacity.is_always_enough and few.capacity.device_rows < few.capacity.node_rows < ROWS_PER_DEVICE
 
     alone = jax.jit(model.decode_step, static_argnums=0)
+    even_LE = np.ones((CONFIG.num_moe_layers, CONFIG.n_routed_experts))
     for params in (spread, all_to_one):
-        expected_BV = alone(CONFIG, params, tokens_B, model.init_cache(CONFIG, BATCH, 1))[0]
+        expected_BV, _, expected_LE = alone(CONFIG, params, tokens_B, model.init_cache(CONFIG, BATCH, 1))
         for decoding in (few, all_):
-            assert_close(decoding.run(params, tokens_B), expected_BV, 1e-5, f"{decoding.capacity}")
+            logits_BV, loads_LE = decoding.run(params, tokens_B, even_LE)
+            assert_close(logits_BV, expected_BV, 1e-5, f"{decoding.capacity}")
+            np.testing.assert_array_equal(loads_LE, expected_LE)
+        logits_BV, _ = few.run(params, tokens_B, loads_LE)  # what was observed says where copies should be
+        assert_close(logits_BV, expected_BV, 1e-5, "placed for observed loads")
+    assert np.all(loads_LE[:, BUSY_EXPERT] == BATCH)
+    others = np.delete(loads_LE, BUSY_EXPERT, axis=1).max()
+    assert few.busiest_slot(loads_LE, even_LE) == BATCH > few.busiest_slot(loads_LE, loads_LE)
+    assert few.busiest_slot(loads_LE, loads_LE) == max(BATCH / 2, others)
+    assert few.step._cache_size() == 1, "compiled again for other weights"
 
     sent, most = few.sent_bytes(), all_.sent_bytes()
     hop = {("node",): few.capacity.node_rows / ROWS_PER_DEVICE,

@@ -46,17 +46,17 @@ class Programs:
         self.prefill = on_mesh.make_prefill(config, self.mesh, batch_size=BATCH, length=LENGTH)
         self.decode = on_mesh.make_decode_step(config, self.mesh, batch_size=BATCH)
 
-    def serve(self, params, placement, tokens_BT, lengths_B, tokens_BN) -> list[np.ndarray]:
-        """Returns the logits after the prompts and after each further token."""
+    def serve(self, params, placement, tokens_BT, lengths_B, tokens_BN) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns (logits, tokens of every expert) of the prompts and of each further token."""
         cache = on_mesh.make_cache(self.config, self.mesh, batch_size=BATCH, max_length=LENGTH + NUM_NEW)
         placed, for_decoding = (place(params, placement) for place in self.place)
         expected = placed_params.abstract_params(self.config, self.mesh, for_decoding=True)
         assert jax.tree.all(jax.tree.map(is_like, for_decoding, expected))
-        logits_BV, cache = self.prefill(placed, tokens_BT, lengths_B, cache)
-        found = [logits_BV]
+        logits_BV, cache, loads_LE = self.prefill(placed, tokens_BT, lengths_B, cache)
+        found = [(logits_BV, loads_LE)]
         for tokens_B in tokens_BN.T:
-            logits_BV, cache = self.decode(for_decoding, tokens_B, cache)
-            found.append(logits_BV)
+            logits_BV, cache, loads_LE = self.decode(for_decoding, tokens_B, cache)
+            found.append((logits_BV, loads_LE))
         assert self.prefill._cache_size() == self.decode._cache_size() == 1, "compiled again for other weights"
         return jax.device_get(found)
 
@@ -66,15 +66,15 @@ def is_like(array: jax.Array, expected: jax.ShapeDtypeStruct) -> bool:
     return has_type and array.sharding.is_equivalent_to(expected.sharding, array.ndim)
 
 
-def serve_alone(config, params, tokens_BT, lengths_B, tokens_BN) -> list[np.ndarray]:
+def serve_alone(config, params, tokens_BT, lengths_B, tokens_BN) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns what `serve` does, by the functions of the network alone."""
     params = model.cast_params(config, params)
     cache = model.init_cache(config, BATCH, LENGTH + NUM_NEW)
-    logits_BV, cache = jax.jit(model.prefill, static_argnums=0)(config, params, tokens_BT, lengths_B, cache)
-    found, step = [logits_BV], jax.jit(model.decode_step, static_argnums=0)
+    logits_BV, cache, loads_LE = jax.jit(model.prefill, static_argnums=0)(config, params, tokens_BT, lengths_B, cache)
+    found, step = [(logits_BV, loads_LE)], jax.jit(model.decode_step, static_argnums=0)
     for tokens_B in tokens_BN.T:
-        logits_BV, cache = step(config, params, tokens_B, cache)
-        found.append(logits_BV)
+        logits_BV, cache, loads_LE = step(config, params, tokens_B, cache)
+        found.append((logits_BV, loads_LE))
     return jax.device_get(found)
 
 
@@ -114,8 +114,12 @@ def main(precision: str) -> None:
                 check(found, wanted, TOLERANCES[precision], (axes, index))
 
 
-def check(found: list[np.ndarray], expected: list[np.ndarray], tolerance: tuple[float, float], case: tuple) -> None:
-    for step, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
+def check(found: list[tuple], expected: list[tuple], tolerance: tuple[float, float], case: tuple) -> None:
+    """Compares logits and, where no token can find two experts equally good, the tokens of every expert."""
+    for step, ((actual, loads_LE), (wanted, wanted_LE)) in enumerate(zip(found, expected, strict=True)):
+        if tolerance == TOLERANCES["fp32"]:
+            np.testing.assert_array_equal(loads_LE, wanted_LE, err_msg=f"{case} {step}")
+        assert loads_LE.shape == wanted_LE.shape and loads_LE.sum() == wanted_LE.sum(), (case, step)
         errors_B = np.linalg.norm(actual - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
         found_errors = np.median(errors_B), errors_B.max()
         assert np.all(found_errors <= np.array(tolerance)), (case, step, found_errors)
