@@ -2,7 +2,7 @@
 
 Command:   python launch/plan.py --config=configs/deepseek_v3_671b_prefill.py --program=prefill
 Hardware:  4 nodes x 8 H200; the report: H800.
-Cost:      at least 77 ms: every GPU sends 3.85 GB by the network; 14.4 GB by NVLink.
+Cost:      at least 77 ms: every GPU sends 3.85 GB by the network; 14.1 GB by NVLink.
 Result:    8 prompts of 4096 tokens at a time, one per group of 4 GPUs; 34.9 GB of a GPU's memory, 33.5 of them weights.
 
 Every GPU has 9 slots for routed experts: 8, and one of 32 redundant ones, copies of the busiest. Copies stay in their
