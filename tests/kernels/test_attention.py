@@ -11,6 +11,7 @@ from dsv3_jax.kernels import attention as op
 from dsv3_jax.kernels.attention import pallas_gpu, segments
 
 BF16_TOLERANCE = 6e-3  # relative norm: inputs of the second product and the result are each rounded to 8 bits
+CUDNN_TOLERANCE = 8e-3  # it also rounds every head's gradient of the keys' shared part before they are added
 
 
 def make_operands(batch, length, num_heads, width, value_width, rope_width, dtype):
@@ -210,7 +211,8 @@ def test_kernels_in_the_interpreter(monkeypatch, has_segments):
 def test_kernels_on_hopper(shape, implementation):
     operands = make_operands(*shape, jnp.bfloat16)
     attend = functools.partial(op.causal_attention, scale=0.1, implementation=implementation)
-    assert_value_and_gradients_match(attend, operands, 0.1, BF16_TOLERANCE)
+    tolerance = CUDNN_TOLERANCE if implementation == "cudnn" else BF16_TOLERANCE
+    assert_value_and_gradients_match(attend, operands, 0.1, tolerance)
 
 
 @pytest.mark.gpu

@@ -175,7 +175,7 @@ def _swiglu_gradient(chunk_values, gate_up: QuantizedArray, dhidden_MF: jax.Arra
         extent=(rows, half),
         tile_rows=TILE,
         factors=factors,
-        slots=1,
+        has_one_slot=True,
         name=name,
     )
 

@@ -104,7 +104,7 @@ def for_each_tile(
     tile_rows: int,
     name: str,
     factors: tuple[jax.Array, ...] = (),
-    slots: int | None = None,
+    has_one_slot: bool = False,
 ) -> list[QuantizedArray | jax.Array]:
     """Quantizes what is computed of each tile.
 
@@ -118,7 +118,7 @@ def for_each_tile(
       tile_rows: 32, 64 or 128; 128 where columns are quantized.
       name: what profiles call the kernel.
       factors: float32 [R], one per row of the operands.
-      slots: results held in shared memory at a time; None for one of each.
+      has_one_slot: shared memory holds one result at a time, instead of one of each.
 
     Returns:
       the outputs: quantized arrays, and sums as float32 [ceil(K/128), R].
@@ -128,7 +128,7 @@ def for_each_tile(
     # A copy cannot end within a segment. Narrow ones are for what is transposed: there, rows are read like columns.
     is_segmented = all(contraction % SEGMENT == 0 for _, contraction in output_shapes)
     arrays, types, transfers = _in_shared_memory(operands, factors, tile_rows)
-    slots = len(results) if slots is None else slots
+    slots = 1 if has_one_slot else len(results)
     are_sums = [any(result.is_sum for result in results if result.output == o) for o in range(len(output_shapes))]
 
     # One function because what is computed and what is stored share slots and the order of copies.
@@ -140,10 +140,10 @@ def for_each_tile(
 
         def store(number, chunk, values):
             slot = number % slots
-            if number >= slots:
+            if number >= slots or chunks > 1:
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
             own_codes, own_scales = codes_smem.at[slot], scales_smem.at[slot]
-            output, first_tile, is_transposed, is_sum = results[number % len(results)]
+            output, first_tile, is_transposed, is_sum = results[number]
             if is_sum:
                 own_scales[...] = values
             else:
@@ -171,7 +171,6 @@ def for_each_tile(
         for source, copy, index_of in zip(inputs, copies, transfers):
             plgpu.copy_gmem_to_smem(source.at[index_of(i, j)], copy, is_full)
         plgpu.barrier_wait(is_full)
-        number = 0
         copies, layout = iter(copies), ROWS if is_segmented else COLUMNS
         blocks = []
         for tensor, _ in operands:
@@ -179,10 +178,13 @@ def for_each_tile(
             scales = Factors(next(copies), layout) if isinstance(tensor, QuantizedArray) else None
             blocks.append(Block(values, scales, layout))
         blocks += [Factors(values, layout) for values in copies]
-        for chunk in range(chunks):
-            for values in chunk_values(chunk, *blocks):
+
+        # A loop: the instructions of both chunks would not fit into the cache of instructions.
+        @pl.loop(0, chunks)
+        def _quantize_chunk(chunk):
+            for number, values in enumerate(chunk_values(chunk, *blocks)):
                 store(number, chunk, values)
-                number += 1
+
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kernel.__name__ = name

@@ -95,10 +95,15 @@ def quantize_weights(weight_KN: jax.Array) -> tuple[QuantizedArray, QuantizedArr
             own_codes[...] = codes
             own_transposed.T[...] = transposed
             plgpu.commit_smem()
-            own_rows = pl.ds(i * TILE + part_row, part[0])
-            own_columns = pl.ds(j * TILE + part_column, part[1])
-            plgpu.copy_smem_to_gmem(own_codes, backward.at[matrix, own_rows, own_columns], commit_group=False)
-            plgpu.copy_smem_to_gmem(own_transposed, forward.at[matrix, own_columns, own_rows], commit_group=False)
+            first_row, first_column = i * TILE + part_row, j * TILE + part_column
+            own_rows, own_columns = pl.ds(first_row, part[0]), pl.ds(first_column, part[1])
+
+            # Of a part beyond the weight TMA would write zeros into another, where the weight is one segment wide.
+            @pl.when((first_row < rows) & (first_column < columns))
+            def _store_codes():
+                plgpu.copy_smem_to_gmem(own_codes, backward.at[matrix, own_rows, own_columns], commit_group=False)
+                plgpu.copy_smem_to_gmem(own_transposed, forward.at[matrix, own_columns, own_rows], commit_group=False)
+
             plgpu.commit_smem_to_gmem_group()
 
             @pl.when(warpgroup == 0)
