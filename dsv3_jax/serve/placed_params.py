@@ -1,7 +1,8 @@
 """Parameters as serving computes with them, every device with its part: cast, and experts in slots (§3.4).
 
 With `model.n_redundant_experts`, experts lie in slots as a placement says, see `sharding.expert_placement`. When loads
-have changed, parameters are placed once more: prefill and decoding take them without being compiled again.
+have changed, parameters are placed once more: prefill and decoding take them without being compiled again. What is
+placed here is on the devices already, which share it; `serve.placed_loading` reads more than they could share.
 """
 
 import dataclasses
@@ -22,6 +23,8 @@ from dsv3_jax.sharding.expert_placement import place_experts, slots_of_experts
 from dsv3_jax.sharding.mesh import EXPERT_AXES, INNER_AXES, num_devices
 from dsv3_jax.sharding.rules import per_device, split_param
 from dsv3_jax.sharding.zero import axis_names
+
+SLOTS = "slots_of_expert"  # beside the weights of experts
 
 
 class Slots(NamedTuple):
@@ -44,7 +47,7 @@ def make_placement(config: ModelConfig, mesh: jax.sharding.Mesh, *, for_decoding
     run = _jit_placement(config, mesh, for_decoding=for_decoding)
 
     def place(params: dict, expert_of_slot_LS: np.ndarray | None = None) -> dict:
-        return run(params, _slots(config, expert_of_slot_LS))
+        return run(params, check_placement(config, expert_of_slot_LS))
 
     return place
 
@@ -79,7 +82,7 @@ def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh, *, for_decodin
 def param_partition(config: ModelConfig, mesh: jax.sharding.Mesh, *, for_decoding: bool) -> dict:
     """Returns the tree of partitions of what `make_placement` places."""
     placed = jax.eval_shape(functools.partial(_arrange, config, for_decoding=for_decoding), *_abstract_masters(config))
-    return _partition(mesh, slot_specs(config), placed)
+    return partition_placed(mesh, slot_specs(config), placed)
 
 
 def _jit_placement(config: ModelConfig, mesh: jax.sharding.Mesh, *, for_decoding: bool) -> Callable:
@@ -131,9 +134,14 @@ def _arrange(config: ModelConfig, params: dict, slots: Slots | None, *, for_deco
         axes = _sharing(EXPERT_AXES, config.n_routed_experts, size)
         fill = functools.partial(_fill_slots, axes)
         experts = jax.lax.map(fill, (layers["mlp"]["experts"], slots.expert_of_slot_LS))
-        experts["slots_of_expert"] = slots.slots_of_expert_LEC
-        params = params | {"moe_layers": layers | {"mlp": layers["mlp"] | {"experts": experts}}}
+        params = with_experts(params, experts | {SLOTS: slots.slots_of_expert_LEC})
     return split_layers(params) if for_decoding else params
+
+
+def with_experts(params: dict, experts: dict) -> dict:
+    """Returns parameters with other routed experts."""
+    layers = params["moe_layers"]
+    return params | {"moe_layers": layers | {"mlp": layers["mlp"] | {"experts": experts}}}
 
 
 def _fill_slots(axes: tuple[str, ...], layer: tuple[dict, jax.Array]) -> dict:
@@ -149,8 +157,8 @@ def _fill_slots(axes: tuple[str, ...], layer: tuple[dict, jax.Array]) -> dict:
     return jax.tree.map(fill, experts)
 
 
-def _slots(config: ModelConfig, expert_of_slot_LS: np.ndarray | None) -> Slots | None:
-    """Returns a placement that has been checked."""
+def check_placement(config: ModelConfig, expert_of_slot_LS: np.ndarray | None) -> Slots | None:
+    """Returns a placement with its inverse, None without redundant experts; raises what `make_placement` does."""
     redundant = config.n_redundant_experts
     if expert_of_slot_LS is None:
         require(not redundant, "expert_of_slot", None,
@@ -163,12 +171,13 @@ def _slots(config: ModelConfig, expert_of_slot_LS: np.ndarray | None) -> Slots |
     return Slots(expert_of_slot_LS, slots_of_experts(expert_of_slot_LS, config.n_routed_experts))
 
 
-def _partition(mesh: jax.sharding.Mesh, specs: dict | ParamSpec, placed: Any) -> Any:
+def partition_placed(mesh: jax.sharding.Mesh, specs: dict | ParamSpec, placed: Any) -> Any:
+    """Returns the tree of partitions of parameters as they are computed with, given their declarations and shapes."""
     if isinstance(placed, tuple):
         unstacked = jax.tree.map(lambda spec: spec.unstacked(), specs)
-        return tuple(_partition(mesh, unstacked, layer) for layer in placed)
+        return tuple(partition_placed(mesh, unstacked, layer) for layer in placed)
     if isinstance(placed, dict):
-        return {name: _partition(mesh, specs[name], value) for name, value in placed.items()}
+        return {name: partition_placed(mesh, specs[name], value) for name, value in placed.items()}
     axes = tuple(split_param(mesh, specs.shape, specs.axes).compute)
     if not is_fp8(placed):
         return PartitionSpec(*axes)
