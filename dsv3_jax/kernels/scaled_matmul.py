@@ -25,7 +25,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import mma_utils, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 
 from dsv3_jax.config import require
 from dsv3_jax.fp8.formats import TILE, QuantizedArray
@@ -33,6 +36,7 @@ from dsv3_jax.kernels.device import NUM_SMS
 from dsv3_jax.kernels.hopper import PRODUCER_REGISTERS, WARPGROUP_ROWS, consumer_registers, segmented
 
 TMA_SCALE_ROW = 32  # float32 numbers in 128 bytes: where a copy to shared memory may begin
+WGMMA_DEPTH = 32  # codes of the contraction that one instruction multiplies
 TMA_BOX = 256  # elements along a side, at most
 WHOLE_ROWS, WHOLE_ROW_BYTES = 8, 128  # TMA reads and writes codes and outputs in such pieces
 
@@ -48,8 +52,10 @@ class Tile:
     store_columns: int = 128  # columns per store to device memory
     store_slots: int = 1  # stores in flight per warpgroup
     raster_rows: int = 8  # row tiles swept together, so that their rows and weights meet in L2
+    partial_last: bool = False  # dense products: tiles with fewer rows after all others
     cluster: int = 1  # thread blocks with neighbouring columns that share each load of the rows
     fence: bool = False  # a proxy fence before a stage is given back
+    early_addresses: bool = False  # where a stage lies is computed before it is waited for, not after
 
     @property
     def rows(self) -> int:
@@ -108,6 +114,7 @@ def scaled_matmul(
     is_blockwise = b.tile == "block"
     block_scales = b.scales.shape[-1]
     operands = (a.codes, a.scales, b.codes, b.scales, *tables)
+    a_type = segmented((stages, tile.rows, TILE), a.codes.dtype)
 
     # One function because the two roles share barriers, buffers and the order of tiles.
     def fp8_matmul_kernel(*refs):
@@ -209,8 +216,15 @@ def scaled_matmul(
                     plgpu.barrier_wait(full_blocks.at[parity])
 
                 def multiply_wave(wave, slot, b_scale, acc):
-                    plgpu.barrier_wait(full[wave].at[slot])
                     own_rows = pl.ds(own_first_rows[wave], WARPGROUP_ROWS)
+                    if tile.early_addresses:
+                        find_addresses(
+                            a_smem.at[slot, own_rows],
+                            b_smem.at[slot],
+                            a_scales_smem.at[slot, own_rows],
+                            transforms=a_type.transforms,
+                        )
+                    plgpu.barrier_wait(full[wave].at[slot])
                     a_scale = plgpu.load(a_scales_smem, (slot, own_rows), layout=plgpu.Layout.WGMMA.reduce(1))
 
                     def multiply(partial_ref):
@@ -281,7 +295,6 @@ def scaled_matmul(
             lax.fori_loop(0, count, multiply_tile, (jnp.int32(0), work(0)))
             plgpu.wait_smem_to_gmem(0)
 
-    codes_dtype = a.codes.dtype
     b_scales_shape = (2, -(-block_scales // TMA_SCALE_ROW) * TMA_SCALE_ROW) if is_blockwise else (stages, columns)
     out = plgpu.kernel(
         fp8_matmul_kernel,
@@ -293,8 +306,8 @@ def scaled_matmul(
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=(
-            segmented((stages, tile.rows, TILE), codes_dtype),
-            segmented((stages, columns, TILE), codes_dtype),
+            a_type,
+            segmented((stages, columns, TILE), b.codes.dtype),
             plgpu.SMEM((stages, tile.rows), jnp.float32),
             plgpu.SMEM(b_scales_shape, jnp.float32),
             segmented((warpgroups, tile.store_slots, WARPGROUP_ROWS, tile.store_columns), out_type.dtype),
@@ -313,6 +326,34 @@ def scaled_matmul(
     # gradients are only stacked: without it the kernel writes them where they belong.
     out = lax.optimization_barrier(out) if is_blockwise else out
     return out if out.shape == whole_shape else out[tuple(map(slice, whole_shape))]
+
+
+def find_addresses(a_smem: Any, b_smem: Any, a_scales_smem: Any, *, transforms: tuple) -> None:
+    """Has the addresses of a product's operands computed here, those of codes in the form that wgmma takes.
+
+    Nothing uses them here. The product finds its own, which the compiler sees to be the same; but what follows a wait it
+    computes after it, and these are a chain of five instructions.
+
+    Args:
+      a_smem: codes of the 64 rows of a wave, 128 deep.
+      b_smem: codes of the columns.
+      a_scales_smem: of the rows.
+      transforms: of the declaration of the codes.
+    """
+    codes, scales = plgpu.RefType(transforms), plgpu.RefType()
+
+    @plgpu.inline_mgpu(arg_types=(codes, codes, scales))
+    def find(_, a_smem, b_smem, a_scales_smem):
+        found = [utils.memref_ptr(a_scales_smem)]
+        depth = arith.constant(ir.IntegerType.get_signless(64), WGMMA_DEPTH // 16)  # in units of 16 bytes
+        for codes in (a_smem, b_smem):
+            found.append(mma_utils.encode_descriptor(codes, 0, 8 * TILE, TILE))
+            for _ in range(TILE // WGMMA_DEPTH - 1):
+                found.append(arith.addi(found[-1], depth))
+        constraints = ",".join("l" * len(found))
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), found, "", constraints, has_side_effects=True)
+
+    find(a_smem, b_smem, a_scales_smem)
 
 
 def require_cluster(tile: Tile, wave_rows: int) -> None:

@@ -1,8 +1,8 @@
 """Compiles the Hopper kernels for an H200 that is not there; the last line on stdout is ptxas's account as JSON.
 
 {call: [{"kernel", "registers", "threads", "stack_bytes", "spill_stores", "spill_loads", "approximate_divisions",
-"products_made_twice", "qgmma", "qgmma_from_zero", "local_memory"}]}; the last three count machine instructions, and are
-null where ptxas or nvdisasm is neither on PATH nor in /usr/local/cuda/bin.
+"products_made_twice", "qgmma", "qgmma_from_zero", "addresses_after_waits", "local_memory"}]}; the last four count machine
+instructions, and are null where ptxas or nvdisasm is neither on PATH nor in /usr/local/cuda/bin.
 Needs jax-cuda13-plugin and jax-cuda13-pjrt.
 """
 
@@ -74,6 +74,7 @@ def compile_call(call, directory: pathlib.Path) -> list[dict]:
             "products_made_twice": products_made_twice(ptx),
             "qgmma": None if listing is None else len(re.findall(r"\bQGMMA\b", listing)),
             "qgmma_from_zero": None if listing is None else len(re.findall(r"\bQGMMA\b[^;]*\bRZ, !UPT", listing)),
+            "addresses_after_waits": None if listing is None else addresses_after_waits(listing),
             "local_memory": None if listing is None else len(re.findall(r"\b(?:STL|LDL)\b", listing)),
         })  # fmt: skip
     for path in directory.iterdir():
@@ -86,6 +87,12 @@ def products_made_twice(ptx: str) -> int:
     rounded = re.findall(r"mul\.f32\s+\S+, (\S+), (\S+);", ptx)
     fused = re.findall(r"fma\.rn\.f32\s+\S+, (\S+), (\S+), \S+;", ptx)
     return len({frozenset(pair) for pair in rounded} & {frozenset(pair) for pair in fused})
+
+
+def addresses_after_waits(listing: str) -> int:
+    """Counts the shifts that addresses of products take between a jump, which ends every wait, and the product."""
+    before = re.split(r"\bQGMMA\b[^;]*\bRZ, !UPT", listing)[:-1]
+    return sum(len(re.findall(r"\bUSHF\b", part[part.rindex("BRA") :])) for part in before)
 
 
 def machine_code(ptx: pathlib.Path) -> str | None:

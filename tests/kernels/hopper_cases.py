@@ -103,7 +103,7 @@ def clustered_tiles(out_dtype: Any) -> dict[str, Tile]:
         "in clusters": Tile(store_columns=width, cluster=2),
         "in clusters and waves": in_waves,
         "in clusters and waves of 3 stages": dataclasses.replace(
-            in_waves, stages=3, store_columns=2 * width, store_slots=2
+            in_waves, stages=3, store_columns=2 * width, store_slots=2, early_addresses=True
         ),
     }
 

@@ -103,7 +103,9 @@ def interpreter(monkeypatch):
 
     multicast.install(monkeypatch)
     # TMA reads zeros outside a tensor
-    params = InterpretGPUParams(detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
+    filled_with_zeros = {"out_of_bounds_reads": "uninitialized", "uninitialized_memory": "zero"}
+    # what is ignored are addresses
+    params = InterpretGPUParams(detect_races=True, inline_mgpu="ignore", **filled_with_zeros)
     monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=params))
     monkeypatch.setattr(scaled_matmul, "NUM_SMS", 4)
     yield
@@ -115,7 +117,8 @@ FENCED = Tile(warpgroups=2, stages=2, fence=True)  # the race detector does not 
 FENCED_FLOAT32 = Tile(warpgroups=2, stages=2, store_columns=32, store_slots=2, fence=True)
 IN_WAVES = dataclasses.replace(FENCED_FLOAT32, warpgroups=1, waves=2)
 IN_CLUSTERS = dataclasses.replace(FENCED_FLOAT32, cluster=2)
-IN_WAVES_AND_CLUSTERS = dataclasses.replace(IN_WAVES, cluster=2)
+PARTIAL_LAST = dataclasses.replace(FENCED, partial_last=True)
+IN_WAVES_AND_CLUSTERS = dataclasses.replace(IN_WAVES, cluster=2, early_addresses=True)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +130,8 @@ IN_WAVES_AND_CLUSTERS = dataclasses.replace(IN_WAVES, cluster=2)
         ((131, 157, 270), "row", jnp.float32, IN_WAVES),
         ((131, 300, 319), "block", jnp.bfloat16, IN_CLUSTERS),
         ((131, 90, 270), "row", jnp.float32, IN_WAVES_AND_CLUSTERS),
+        ((300, 300, 200), "block", jnp.bfloat16, PARTIAL_LAST),
+        ((100, 200, 200), "block", jnp.bfloat16, PARTIAL_LAST),
         ((69, 99, 391), "block", jnp.bfloat16, FewRowsTile(columns=64, warpgroups=2, stages=4, fence=True)),
     ],
 )
@@ -172,6 +177,16 @@ def test_partial_tiles_leave_stores_under_way_alone(interpreter, monkeypatch, sh
     assert_rounded_once(actual, reference.fp8_matmul(a, b, out_dtype=jnp.float32))
 
 
+@pytest.mark.parametrize(("contraction", "parts"), [(767, 3), (600, 2), (300, 1)])
+@pytest.mark.parametrize("tile", [FENCED_FLOAT32, IN_CLUSTERS])
+def test_contractions_in_parts_in_the_interpreter_without_races(interpreter, monkeypatch, contraction, parts, tile):
+    monkeypatch.setattr(dense, "MIN_STEPS_OF_PART", 2)
+    a, b = dense_operands(131, 157, contraction, b_tile="row")
+    assert dense.num_parts(2, -(-contraction // 128), tile) == parts
+    actual = dense.fp8_matmul(a, b, out_dtype=jnp.float32, tile=tile)
+    assert_rounded_once(actual, reference.fp8_matmul(a, b, out_dtype=jnp.float32))
+
+
 @pytest.mark.parametrize(
     ("tile", "words"),
     [
@@ -186,7 +201,16 @@ def test_clusters_that_cannot_share_the_rows_are_refused(tile, words):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "shape", [(1, 16, 16), (33, 37, 7), (7, 580, 1552), (129, 2116, 7184), (200, 144, 320), (4096, 2112, 7168)]
+    "shape",
+    [
+        (1, 16, 16),
+        (33, 37, 7),
+        (7, 580, 1552),
+        (129, 2116, 7184),
+        (200, 144, 320),
+        (4096, 2112, 7168),
+        (384, 700, 8192),
+    ],
 )
 @pytest.mark.parametrize(("b_tile", "out_dtype"), [("block", jnp.bfloat16), ("row", jnp.float32)])
 @pytest.mark.parametrize("spread", [0, 20])
@@ -268,6 +292,17 @@ def test_products_run_on_fp8_tensor_cores(compiled, name):
     assert kernel["qgmma"] >= 4, "128 of the contraction are four instructions of 32"
     assert kernel["qgmma"] == 4 * kernel["qgmma_from_zero"], "partial products start from registers that were cleared"
     assert kernel["local_memory"] == 0
+
+
+@pytest.mark.deviceless
+@pytest.mark.parametrize("name", [name for name in LOWERED if "3 stages" in name])
+def test_early_addresses_are_found_before_waits(compiled, name):
+    (kernel,) = compiled[name]
+    if kernel["addresses_after_waits"] is None:
+        pytest.skip("reading instructions needs ptxas and nvdisasm of the CUDA toolkit")
+    assert kernel["addresses_after_waits"] == 0
+    (late,) = compiled[name.removesuffix(" of 3 stages")]
+    assert late["addresses_after_waits"] > 0, "nothing is looked for that could be found"
 
 
 @pytest.mark.deviceless

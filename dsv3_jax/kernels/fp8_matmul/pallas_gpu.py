@@ -4,13 +4,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8.formats import QuantizedArray, num_tiles
+from dsv3_jax.kernels.device import NUM_SMS
 from dsv3_jax.kernels.fp8_matmul import tuned
 from dsv3_jax.kernels.fp8_matmul.few_rows import MAX_ROWS, few_rows_matmul
 from dsv3_jax.kernels.scaled_matmul import Work, scaled_matmul
+
+MIN_STEPS_OF_PART = 8  # 128-deep
 
 
 def fp8_matmul(
@@ -33,10 +37,34 @@ def fp8_matmul(
     if isinstance(tile, tuned.FewRowsTile):
         return few_rows_matmul(a, b, out_type=out_type, tile=tile)
     row_tiles, column_tiles = pl.cdiv(num_rows, tile.rows), pl.cdiv(num_columns, tile.cluster_columns)
+    whole_rows = num_rows // tile.rows if tile.partial_last else row_tiles
+    num_work, whole_work = row_tiles * column_tiles, whole_rows * column_tiles
+    steps = num_tiles(contraction)
+    parts = num_parts(num_work, steps, tile) if jnp.dtype(out_dtype) == jnp.float32 else 1
+    steps_of_part = pl.cdiv(steps, parts)
+    if parts > 1:
+        out_type = jax.ShapeDtypeStruct((parts, num_rows, num_columns), out_dtype)
 
     def work_at(_, index):
-        row, column = plgpu.planar_snake(index, (row_tiles, column_tiles), 1, tile.raster_rows)
-        return Work(0, row * tile.rows, num_rows, column * tile.cluster_columns, 0, num_tiles(contraction))
+        part, first_step, num_steps = 0, 0, steps
+        if parts > 1:
+            part, index = lax.div(index, num_work), lax.rem(index, num_work)
+            first_step = part * steps_of_part
+            num_steps = jnp.minimum(steps_of_part, steps - first_step)
+        row, column = plgpu.planar_snake(index, (max(whole_rows, 1), column_tiles), 1, tile.raster_rows)
+        if whole_work < num_work:  # tiles with fewer rows come last: while some are short of work, others end with one
+            is_whole = index < whole_work
+            row, column = jnp.where(is_whole, row, whole_rows), jnp.where(is_whole, column, index - whole_work)
+        return Work(part, row * tile.rows, num_rows, column * tile.cluster_columns, first_step, num_steps)
 
-    num_work = row_tiles * column_tiles
-    return scaled_matmul(a, b, out_type=out_type, tile=tile, num_work=lambda _: num_work, work_at=work_at)
+    out = scaled_matmul(a, b, out_type=out_type, tile=tile, num_work=lambda _: parts * num_work, work_at=work_at)
+    return out.sum(axis=0) if parts > 1 else out
+
+
+def num_parts(num_work: int, steps: int, tile: tuned.Tile) -> int:
+    """Returns into how many parts the contraction of a float32 result is cut, for thread blocks without work otherwise.
+
+    Weight gradients of narrow layers are few tiles over many tokens.
+    """
+    most = min(NUM_SMS // tile.cluster // num_work, steps // MIN_STEPS_OF_PART)
+    return pl.cdiv(steps, pl.cdiv(steps, most)) if most > 1 else 1
