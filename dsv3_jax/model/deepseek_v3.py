@@ -26,7 +26,7 @@ from dsv3_jax.model.params import (
     prepare_from_specs,
     stacked,
 )
-from dsv3_jax.model.weights import as_array, is_fp8
+from dsv3_jax.model.weights import RoundedWeight, as_array, as_rounded, is_fp8, is_prepared
 from dsv3_jax.sharding.collectives import gather_tokens, own_tokens, sum_over, take_token
 from dsv3_jax.sharding.mesh import AXES
 from dsv3_jax.sharding.rules import split_param
@@ -48,9 +48,9 @@ class DeepseekV3(nnx.Module):
     def __init__(self, config: ModelConfig, *, with_layers: bool = True):
         self.config = config
         embed, vocab = ("embed", config.hidden_size), ("vocab", config.vocab_size)
-        self.embed_tokens = declare(vocab, embed)
+        self.embed_tokens = declare(vocab, embed, is_rounded=True)
         self.norm = declare(embed, init="ones")
-        self.lm_head = declare(embed, vocab)
+        self.lm_head = declare(embed, vocab, is_rounded=True)
         if with_layers and config.num_dense_layers:
             self.dense_layers = stacked(Block(config, is_moe=False), config.num_dense_layers)
         if with_layers and config.num_moe_layers:
@@ -64,7 +64,7 @@ class DeepseekV3(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Looks up embeddings, [..., D] in the compute dtype."""
-        return _lookup(self.embed_tokens[...], tokens, compute_dtype(self.config))
+        return _lookup(as_rounded(self.embed_tokens[...]), tokens, compute_dtype(self.config))
 
     def final_norm(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
@@ -98,8 +98,9 @@ class DeepseekV3(nnx.Module):
         )
 
     def project_to_logits(self, h: jax.Array) -> jax.Array:
-        """Returns float32 logits [..., V]."""
-        head_DV = self.lm_head[...].astype(h.dtype)
+        """Returns float32 logits [..., V]; no gradient flows to a head that was prepared."""
+        head = self.lm_head[...]
+        head_DV = (head.values if is_prepared(head) else head).astype(h.dtype)
         return jnp.dot(h, head_DV, precision=exact_if_float32(h.dtype), preferred_element_type=jnp.float32)
 
 
@@ -340,20 +341,20 @@ def _require_fits(config: ModelConfig, length: int) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _lookup(table_VD: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Looks up rows; the gradient of a frequent token is summed in float32."""
-    return table_VD[tokens].astype(dtype)
+def _lookup(table: RoundedWeight, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Looks up rows of a table [V, D]; the gradient of a frequent token is summed in float32."""
+    return table.values[tokens].astype(dtype)
 
 
-def _lookup_forward(table_VD, tokens, dtype):
-    return _lookup(table_VD, tokens, dtype), (table_VD, tokens)
+def _lookup_forward(table, tokens, dtype):
+    return _lookup(table, tokens, dtype), (table, tokens)
 
 
 def _lookup_backward(dtype, residuals, dx):
     del dtype
-    table_VD, tokens = residuals
-    dtable_VD = jnp.zeros(table_VD.shape, jnp.float32).at[tokens].add(dx.astype(jnp.float32))
-    return dtable_VD.astype(table_VD.dtype), None
+    table, tokens = residuals
+    dtable_VD = jnp.zeros(table.values.shape, jnp.float32).at[tokens].add(dx.astype(jnp.float32))
+    return table.gradient(dtable_VD.astype(table.master.dtype)), None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -23,6 +23,7 @@ from dsv3_jax.model.weights import (
     is_prepared,
     prepare_weight,
     quantize_whole,
+    round_weight,
 )
 from dsv3_jax.sharding.zero import is_part
 
@@ -38,6 +39,7 @@ class ParamSpec:
     axes: tuple[str | None, ...]  # logical name of every dimension
     init: str = "normal"  # normal | ones | zeros
     linear: Linear | None = None  # None: no weight of a linear
+    is_rounded: bool = False  # no linear, and yet read in the compute dtype alone, which is BF16 with FP8 linears
 
     def __post_init__(self):
         assert len(self.shape) == len(self.axes), (self.shape, self.axes)
@@ -45,13 +47,15 @@ class ParamSpec:
     def unstacked(self) -> "ParamSpec":
         """Returns the declaration of one layer's parameter, given that of a stack of layers."""
         linear = self.linear and dataclasses.replace(self.linear, batch_dims=self.linear.batch_dims - 1)
-        return ParamSpec(self.shape[1:], self.axes[1:], self.init, linear)
+        return ParamSpec(self.shape[1:], self.axes[1:], self.init, linear, self.is_rounded)
 
 
-def declare(*dims: tuple[str | None, int], init: str = "normal", linear: Linear | None = None) -> nnx.Param:
+def declare(
+    *dims: tuple[str | None, int], init: str = "normal", linear: Linear | None = None, is_rounded: bool = False
+) -> nnx.Param:
     """Declares a parameter by its (logical axis, size) pairs."""
     axes, shape = zip(*dims)
-    return nnx.Param(ParamSpec(shape, axes, init, linear))
+    return nnx.Param(ParamSpec(shape, axes, init, linear, is_rounded))
 
 
 def stacked(module: nnx.Module, num_layers: int) -> nnx.Module:
@@ -60,7 +64,7 @@ def stacked(module: nnx.Module, num_layers: int) -> nnx.Module:
 
     def stack(spec: ParamSpec) -> ParamSpec:
         linear = spec.linear and dataclasses.replace(spec.linear, batch_dims=spec.linear.batch_dims + 1)
-        return ParamSpec((num_layers, *spec.shape), ("layers", *spec.axes), spec.init, linear)
+        return ParamSpec((num_layers, *spec.shape), ("layers", *spec.axes), spec.init, linear, spec.is_rounded)
 
     return nnx.merge(graphdef, jax.tree.map(stack, specs))
 
@@ -88,29 +92,35 @@ def cast_from_specs(config: ModelConfig, specs: dict, params: dict) -> dict:
         return value.astype(jnp.float32 if path[-1].key in FLOAT32_PARAMS else compute_dtype(config))
 
     if config.precision == "fp8" and not has_prepared(params):
-        params = _map_linears(functools.partial(quantize_whole, config, with_gradient=False), specs, params)
+        quantize = functools.partial(quantize_whole, config, with_gradient=False)
+        params = _map_weights(quantize, lambda weight: weight, specs, params)
     return jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_prepared)
 
 
 def prepare_from_specs(config: ModelConfig, specs: dict, params: dict) -> dict:
-    """Puts the weights of linears, arrays or parts, in the form in which they are computed with and differentiated.
+    """Puts the weights of linears, and what else is rounded, in the form in which they are computed with.
+
+    Of weights, arrays or parts, masters stay beside them for gradients.
 
     Args:
       params: tree of the specs; a stack of layers may be a tuple of layers.
     """
     if config.precision == "fp32" or has_prepared(params):
         return params
-    return _map_linears(functools.partial(prepare_weight, config), specs, params)
+    prepare, round_ = functools.partial(prepare_weight, config), functools.partial(round_weight, config)
+    return _map_weights(prepare, round_, specs, params)
 
 
-def _map_linears(function: Callable, specs: Any, params: Any) -> Any:
-    """Puts function(linear, weight) in the place of the linears' weights."""
+def _map_weights(of_linear: Callable, of_rounded: Callable, specs: Any, params: Any) -> Any:
+    """Puts of_linear(linear, weight) in the place of linears' weights, of_rounded(weight) in that of rounded ones."""
     if isinstance(params, tuple):
         specs = jax.tree.map(ParamSpec.unstacked, specs)
-        return tuple(_map_linears(function, specs, layer) for layer in params)
+        return tuple(_map_weights(of_linear, of_rounded, specs, layer) for layer in params)
     if isinstance(params, dict):
-        return {name: _map_linears(function, specs[name], value) for name, value in params.items()}
-    return params if specs.linear is None else function(specs.linear, params)
+        return {name: _map_weights(of_linear, of_rounded, specs[name], value) for name, value in params.items()}
+    if specs.linear is not None:
+        return of_linear(specs.linear, params)
+    return of_rounded(params) if specs.is_rounded else params
 
 
 def gather_params(params: dict) -> dict:

@@ -112,16 +112,26 @@ def prepare_weight(
     FP8 scales are those of the whole weight: devices whose parts share a 128x128 block agree on its largest magnitude.
     Without FP8 a weight that is whole on its device is rounded where it is multiplied, and stays as it is.
     """
-    is_split = is_part(weight) and weight.splits != ()
     if config.precision != "fp8":
-        dtype = compute_dtype(config)
-        return RoundedWeight(weight.map(lambda part: part.astype(dtype)), weight) if is_split else weight
-    if is_split:
+        return round_weight(config, weight)
+    if _is_split(weight):
         codes = _quantize_part(weight, linear)
         output_dims = weight.whole_shape()[linear.batch_dims + linear.contracted_dims :]
         return Fp8Weight(weight, None, codes, output_dims, getattr(config, linear.cache_setting))
     quantized = quantize_whole(config, linear, weight.array if is_part(weight) else weight, with_gradient=True)
     return dataclasses.replace(quantized, master=weight)
+
+
+def round_weight(config: ModelConfig, weight: jax.Array | Part) -> jax.Array | Part | RoundedWeight:
+    """Rounds one device's part of a master to the compute dtype; what is whole is rounded where it is read."""
+    if not _is_split(weight):
+        return weight
+    dtype = compute_dtype(config)
+    return RoundedWeight(weight.map(lambda part: part.astype(dtype)), weight)
+
+
+def _is_split(weight: jax.Array | Part) -> bool:
+    return is_part(weight) and weight.splits != ()
 
 
 def quantize_whole(config: ModelConfig, linear: Linear, weight: jax.Array, *, with_gradient: bool) -> Fp8Weight:

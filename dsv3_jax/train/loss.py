@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from dsv3_jax.config import RunConfig
 from dsv3_jax.model import document_starts, forward
 from dsv3_jax.model.layers import exact_if_float32
+from dsv3_jax.model.weights import RoundedWeight, as_rounded
 from dsv3_jax.sharding.collectives import own_tokens, size
 from dsv3_jax.sharding.mesh import BATCH_AXES
 
@@ -100,9 +101,11 @@ def chunk_columns(shape_BT: tuple[int, int], chunk_tokens: int) -> int:
     return -(-length // num_chunks)
 
 
-def token_cross_entropy(h_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, num_columns: int) -> jax.Array:
+def token_cross_entropy(
+    h_BTD: jax.Array, head_DV: jax.Array | RoundedWeight, targets_BT: jax.Array, num_columns: int
+) -> jax.Array:
     """Returns -log P(target) of every position, float32 [B, T] nats; logits exist chunk by chunk."""
-    head_DV = head_DV.astype(h_BTD.dtype)
+    head_DV = as_rounded(head_DV).values.astype(h_BTD.dtype)
 
     def losses(_, chunk):
         h_BtD, targets_Bt = chunk
@@ -112,7 +115,6 @@ def token_cross_entropy(h_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Ar
     return _join(losses_nBt, targets_BT.shape[1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def weighted_cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, num_columns):
     """Returns Σ weight · -log P(target) in nats, float32.
 
@@ -121,14 +123,19 @@ def weighted_cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, num_columns):
     float32 accumulation; the head's gradient sums over chunks in float32.
 
     Args:
-      h_BTD: compute dtype. head_DV: any float dtype, cast to h's. targets_BT: int32. weights_BT: float32, constant.
-      num_columns: positions of every sequence per chunk, see `chunk_columns`.
+      h_BTD: compute dtype. head_DV: any float dtype, cast to h's, or rounded beside its master. targets_BT: int32.
+      weights_BT: float32, constant. num_columns: positions of every sequence per chunk, see `chunk_columns`.
     """
-    return jnp.sum(weights_BT * token_cross_entropy(h_BTD, head_DV, targets_BT, num_columns))
+    return _weighted_cross_entropy(h_BTD, as_rounded(head_DV), targets_BT, weights_BT, num_columns)
 
 
-def _weighted_cross_entropy_fwd(h_BTD, head_DV, targets_BT, weights_BT, num_columns):
-    compute_head_DV = head_DV.astype(h_BTD.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _weighted_cross_entropy(h_BTD, head: RoundedWeight, targets_BT, weights_BT, num_columns):
+    return jnp.sum(weights_BT * token_cross_entropy(h_BTD, head, targets_BT, num_columns))
+
+
+def _weighted_cross_entropy_fwd(h_BTD, head, targets_BT, weights_BT, num_columns):
+    compute_head_DV = head.values.astype(h_BTD.dtype)
 
     def chunk_gradients(carry, chunk):
         loss, head_grad_DV = carry
@@ -145,21 +152,21 @@ def _weighted_cross_entropy_fwd(h_BTD, head_DV, targets_BT, weights_BT, num_colu
         )
         return (loss + jnp.sum(weights_Bt * losses_Bt), head_grad_DV), h_grad_BtD
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(head_DV.shape, jnp.float32))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(compute_head_DV.shape, jnp.float32))
     (loss, head_grad_DV), h_grad_nBtD = jax.lax.scan(
         chunk_gradients, start, _split((h_BTD, targets_BT, weights_BT), num_columns)
     )
-    return loss, (_join(h_grad_nBtD, targets_BT.shape[1]), head_grad_DV.astype(head_DV.dtype))
+    return loss, (_join(h_grad_nBtD, targets_BT.shape[1]), head.gradient(head_grad_DV.astype(head.master.dtype)))
 
 
 def _weighted_cross_entropy_bwd(num_columns, gradients, loss_grad):
-    h_grad_BTD, head_grad_DV = (
-        (gradient.astype(jnp.float32) * loss_grad).astype(gradient.dtype) for gradient in gradients
+    h_grad_BTD, head_grad = jax.tree.map(
+        lambda gradient: (gradient.astype(jnp.float32) * loss_grad).astype(gradient.dtype), gradients
     )
-    return h_grad_BTD, head_grad_DV, None, None
+    return h_grad_BTD, head_grad, None, None
 
 
-weighted_cross_entropy.defvjp(_weighted_cross_entropy_fwd, _weighted_cross_entropy_bwd)
+_weighted_cross_entropy.defvjp(_weighted_cross_entropy_fwd, _weighted_cross_entropy_bwd)
 
 
 def _logits(h_BtD: jax.Array, head_DV: jax.Array) -> jax.Array:
