@@ -28,6 +28,8 @@ class Plan:
     hardware: Hardware
     tokens: int  # all devices together
     memory: dict[str, int]  # bytes at the peak, by kind
+    gradient_copies: int  # alive at a time: of several passes the sum and the next; 0 without gradients
+    outside_layers: programs.OutsideLayers  # what FSDP leaves whole
     largest_buffers: tuple[memory.Buffer, ...]
     usable_memory: int
     flops: dict[str, float]  # executed, by precision
@@ -60,27 +62,30 @@ class Plan:
 
     @property
     def least_with_fsdp(self) -> int | None:
-        """The bytes that FSDP would need at least: of weights and gradients only this device's parts remain.
+        """The bytes that FSDP would need at least: of weights and gradients in layers only this device's parts remain.
 
-        Besides, it needs those of a layer or two at a time, and of what is in no layer. None where it would change
+        Besides, it needs those of a layer or two at a time, and for what is computed then. None where it would change
         nothing: outside of training, and where it is on.
         """
         if self.program != "train" or self.is_fsdp:
             return None
-        gradient_parts = self.memory.get(memory.MASTERS, 0)  # float32 as well
-        return self.peak_memory - self._sum(_IN_LAYERS) + gradient_parts
+        whole = self.outside_layers
+        gradients = self.gradient_copies * whole.gradient_bytes + self._gradient_parts
+        return self.peak_memory - self._sum(_IN_LAYERS) + whole.weight_bytes + gradients
 
     @property
     def devices_to_fit(self) -> int | None:
-        """Devices, by further replicas, over which ZeRO would divide master weights and moments enough.
+        """Devices, by further replicas, over which master weights and moments would be divided enough.
 
-        None if they could not, or need not.
+        With FSDP gradients are too; without, they are whole on every device. The rest is taken to stay as it is. None
+        if they could not, or need not.
         """
+        divided = self._sum(_STATE) + (self._gradient_parts if self.is_fsdp else 0)
         per_replica = self.num_devices // self.mesh["replica"]
-        room = self.usable_memory - (self.peak_memory - self._sum(_STATE))
+        room = self.usable_memory - (self.peak_memory - divided)
         if self.fits or room <= 0:
             return None
-        return per_replica * math.ceil(self._sum(_STATE) * self.mesh["replica"] / room)
+        return per_replica * math.ceil(divided * self.mesh["replica"] / room)
 
     @property
     def stages_to_fit(self) -> int | None:
@@ -91,6 +96,11 @@ class Plan:
         in_layers = self._sum(_IN_LAYERS)
         room = self.usable_memory - (self.peak_memory - in_layers)
         return None if self.fits or room <= 0 else math.ceil(in_layers / room)
+
+    @property
+    def _gradient_parts(self) -> int:
+        """The bytes of this device's parts of all gradients: float32, as master weights are."""
+        return self.gradient_copies * self.memory.get(memory.MASTERS, 0)
 
     def _sum(self, kinds: tuple[str, ...]) -> int:
         return sum(self.memory.get(kind, 0) for kind in kinds)
@@ -146,6 +156,8 @@ def make_plan(
         hardware=hardware,
         tokens=traced_program.tokens,
         memory=peak.by_kind,
+        gradient_copies=traced_program.gradient_copies,
+        outside_layers=traced_program.outside_layers,
         largest_buffers=peak.largest,
         usable_memory=round((hardware.memory_gb - hardware.reserved_gb) * 1e9),
         flops=work,

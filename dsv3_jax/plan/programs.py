@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from dsv3_jax.config import RunConfig, override
-from dsv3_jax.model import param_specs, param_splits
+from dsv3_jax.model import compute_dtype, param_specs, param_splits
 from dsv3_jax.plan import hlo
 from dsv3_jax.sharding.mesh import Work, check_mesh, num_batch_shards
 from dsv3_jax.train.flops import train_flops_per_token
@@ -17,6 +17,14 @@ from dsv3_jax.train.step import trace_train_step
 
 _PACKAGE = str(pathlib.Path(__file__).parents[1])
 _STEP_SOURCE, _ROUNDS_SOURCE = "train/step.py", "sharding/expert_exchange.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class OutsideLayers:
+    """One device's parameters that are in no stack of layers: embedding, head, final norm."""
+
+    weight_bytes: int  # as computed with
+    gradient_bytes: int  # of one copy, float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +39,13 @@ class Program:
     expert_rows: int  # of one device's experts and pass when tokens spread evenly
     num_passes: int  # that the loop over passes runs
     weight_sizes: frozenset[int]  # elements of one device's part of every parameter, as stored and as computed with
+    outside_layers: OutsideLayers
+    is_differentiated: bool
+
+    @property
+    def gradient_copies(self) -> int:
+        """Copies of the gradients that are alive at a time: of several passes their sum and the next one's."""
+        return min(self.num_passes, 2) if self.is_differentiated else 0
 
     def trips_of_equation(self, equation: Any) -> int:
         """Returns how often a traced loop runs whose length depends on the data, when tokens spread evenly."""
@@ -65,6 +80,8 @@ def train(config: RunConfig, mesh: jax.sharding.Mesh, *, rows: int | None) -> Pr
         expert_rows=own_tokens * config.model.num_experts_per_tok,
         num_passes=recipe.max_passes,
         weight_sizes=weight_sizes(config, mesh),
+        outside_layers=outside_layers(config, mesh),
+        is_differentiated=True,
     )
 
 
@@ -81,6 +98,18 @@ def with_whole_passes(config: RunConfig, num_shards: int, *, rows: int | None) -
     num_passes = -(-config.train.batch_size // rows_per_pass)
     batch = {"train.microbatch_size": rows_per_pass, "train.batch_size": num_passes * rows_per_pass}
     return override(config, batch | {"train.batch_ramp_tokens": 0})
+
+
+def outside_layers(config: RunConfig, mesh: jax.sharding.Mesh) -> OutsideLayers:
+    """Returns the bytes of one device's parameters outside the stacks of layers."""
+    weights, gradients, element = 0, 0, compute_dtype(config.model).itemsize
+    for name, spec in param_specs(config.model).items():
+        if not isinstance(spec, dict):
+            compute = param_splits(config.model, mesh)[name].compute
+            numbers = math.prod(jax.sharding.NamedSharding(mesh, compute).shard_shape(spec.shape))
+            weights += numbers * (element if spec.is_rounded else 4)
+            gradients += numbers * 4
+    return OutsideLayers(weights, gradients)
 
 
 def weight_sizes(config: RunConfig, mesh: jax.sharding.Mesh) -> frozenset[int]:

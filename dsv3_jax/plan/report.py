@@ -86,11 +86,13 @@ def _what_would_fit(plan: Plan) -> list[str]:
     lines = [f"does not fit: {_bytes(plan.peak_memory)}, {over} more than {usable}; largest: {parts}"]
     if plan.least_with_fsdp is not None:
         least, fits = _bytes(plan.least_with_fsdp), plan.least_with_fsdp <= plan.usable_memory
-        lines.append(f"mesh.fsdp=true, weights gathered layer by layer, would need at least {least}: "
+        lines.append(f"mesh.fsdp=true, weights gathered layer by layer, would need at least {least} "
+                     "and room for a layer's weights: "
                      + ("plan it" if fits else "it would not fit either"))  # fmt: skip
     if plan.devices_to_fit is not None:
-        lines.append(f"{plan.devices_to_fit:,} devices, by a larger mesh.replica, would divide master weights and "
-                     "moments enough")  # fmt: skip
+        divided = "master weights, moments and gradients" if plan.is_fsdp else "master weights and moments"
+        lines.append(f"{plan.devices_to_fit:,} devices, by a larger mesh.replica, would divide {divided} enough if "
+                     "the rest stays as it is: plan it")  # fmt: skip
     if plan.stages_to_fit is not None:
         lines.append(
             f"pipeline parallelism would have to save {over}: weights and gradients divided "

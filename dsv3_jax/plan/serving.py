@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import RunConfig, require
 from dsv3_jax.model import Cache, init_cache
-from dsv3_jax.plan.programs import Program
+from dsv3_jax.plan.programs import Program, outside_layers
 from dsv3_jax.serve import on_mesh, placed_params
 from dsv3_jax.sharding.mesh import Work, check_mesh, num_batch_shards
 from dsv3_jax.sharding.rules import batch_sharding
@@ -64,4 +64,6 @@ def _program(
         expert_rows=tokens * config.model.num_experts_per_tok // mesh.size,
         num_passes=1,
         weight_sizes=frozenset(),  # nothing is differentiated
+        outside_layers=outside_layers(config, mesh),
+        is_differentiated=False,
     )

@@ -7,6 +7,7 @@ import pytest
 
 from dsv3_jax.plan import hardware, memory, report
 from dsv3_jax.plan.planning import Plan
+from dsv3_jax.plan.programs import OutsideLayers
 from dsv3_jax.plan.traffic import Collective
 
 GB = 10**9
@@ -18,6 +19,8 @@ PLAN = Plan(
     hardware=hardware.HARDWARE["h200"],
     tokens=64_000,
     memory={memory.MASTERS: 20 * GB, memory.WEIGHTS: 30 * GB, memory.GRADIENTS: 50 * GB, memory.TEMPORARIES: 10 * GB},
+    gradient_copies=1,
+    outside_layers=OutsideLayers(weight_bytes=0, gradient_bytes=0),
     largest_buffers=(
         memory.Buffer("w", memory.GRADIENTS, 27 * GB, "f32[58,4,7168]", "jit(step)/transpose(jvp())", "model/moe.py"),
     ),
@@ -62,8 +65,22 @@ def test_further_replicas_leave_room_for_what_zero_does_not_divide(usable, devic
 def test_fsdp_is_said_to_keep_parts_of_gradients_for_weights_and_gradients():
     """30 and 50 GB become 20 GB, as much as the master weights, which are float32 as well."""
     assert PLAN.least_with_fsdp == 50 * GB
-    assert "would need at least 50.0 GB: plan it" in report.verdict(TOO_LARGE)[1]
+    assert "would need at least 50.0 GB and room for a layer's weights: plan it" in report.verdict(TOO_LARGE)[1]
     assert "it would not fit either" in report.verdict(dataclasses.replace(PLAN, usable_memory=49 * GB))[1]
+
+
+def test_fsdp_is_said_to_keep_what_is_in_no_layer_whole_and_a_sum_of_gradients_beside_the_next():
+    """2 GB of weights instead of 30; of 4 GB of gradients and the 20 GB of the device's parts two copies, not 50."""
+    plan = dataclasses.replace(PLAN, gradient_copies=2, outside_layers=OutsideLayers(2 * GB, 4 * GB))
+    assert plan.least_with_fsdp == (110 - 30 - 50 + 2 + 2 * (4 + 20)) * GB
+
+
+@pytest.mark.parametrize(("copies", "usable", "devices"), [(1, 109, 128), (1, 79, 320), (2, 80, 128), (2, 51, 3840)])
+def test_with_fsdp_further_replicas_divide_gradients_too(copies, usable, devices):
+    """20 GB of state on each of 64 devices are divided, and as much for every copy of the gradients."""
+    plan = dataclasses.replace(PLAN, is_fsdp=True, gradient_copies=copies, usable_memory=usable * GB)
+    assert plan.devices_to_fit == devices
+    assert any("moments and gradients enough" in line for line in report.verdict(plan))
 
 
 @pytest.mark.parametrize("changed", [{"is_fsdp": True}, {"program": "decode"}])
