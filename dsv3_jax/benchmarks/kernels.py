@@ -38,9 +38,10 @@ def attention_rows(*, with_torch: bool) -> list[Row]:
     forward_flops = score_products * (shape["width"] + shape["value_width"])
     backward_flops = score_products * (3 * shape["width"] + 2 * shape["value_width"])
     operands = _draw_attention(**shape)
-    contenders = {"pallas_gpu": _ours_attention(operands), "cudnn": _cudnn_attention(operands)}
+    whole = _with_whole_keys(operands)
+    contenders = {"pallas_gpu": _ours_attention(operands), "cudnn": _cudnn_attention(whole)}
     if with_torch:
-        contenders["torch"] = _torch_attention(operands)
+        contenders["torch"] = _torch_attention(whole)
     rows = []
     for pass_name, flops in (("forward", forward_flops), ("forward + backward", forward_flops + backward_flops)):
         passes = {name: by_pass[pass_name] for name, by_pass in contenders.items()}
@@ -101,23 +102,32 @@ def _torch_grouped(operands: tuple[jax.Array, ...], group_rows: int) -> dict[str
 
 
 def _draw_attention(batch: int, length: int, num_heads: int, width: int, value_width: int) -> tuple[jax.Array, ...]:
+    """Returns queries, keys' own columns beside values, keys' shared columns and the output's gradient."""
     keys = jax.random.split(jax.random.key(0), 4)
-    widths = (width, width, value_width, value_width)
-    drawn = (jax.random.normal(k, (batch, length, num_heads, w), jnp.bfloat16) for k, w in zip(keys, widths))
+    widths = (width, width - ROPE_WIDTH + value_width, value_width)
+    shapes = [(batch, length, num_heads, w) for w in widths]
+    shapes.insert(2, (batch, length, ROPE_WIDTH))
+    drawn = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes))
     return jax.block_until_ready(tuple(drawn))
 
 
-def _ours_attention(operands: tuple[jax.Array, ...]) -> dict[str, Contender]:
-    q, k, v, dout = operands
-    settings = {"scale": q.shape[-1] ** -0.5, "rope_width": ROPE_WIDTH}
+def _with_whole_keys(operands: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Returns queries, keys, values and the output's gradient, as the peers take them."""
+    q, kv, k_rope, dout = operands
+    return jax.block_until_ready((q, *attention.keys_and_values(kv, k_rope, q.shape[-1]), dout))
 
-    def gradients(q, k, v, dout):
-        out, lse = attention.attend(q, k, v, **settings)
-        return attention.attention_gradients(q, k, v, out, lse, dout, **settings)
+
+def _ours_attention(operands: tuple[jax.Array, ...]) -> dict[str, Contender]:
+    *inputs, dout = operands
+    scale = inputs[0].shape[-1] ** -0.5
+
+    def gradients(q, kv, k_rope, dout):
+        out, lse = attention.attend(q, kv, k_rope, scale=scale)
+        return attention.attention_gradients(q, kv, k_rope, out, lse, dout, scale=scale)
 
     return {
-        "forward": jax_contender(functools.partial(attention.attend, **settings), q, k, v),
-        "forward + backward": jax_contender(gradients, q, k, v, dout),
+        "forward": jax_contender(functools.partial(attention.attend, scale=scale), *inputs),
+        "forward + backward": jax_contender(gradients, *inputs, dout),
     }
 
 

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dsv3_jax.fp8.formats import E5M6Array, decode_e5m6, dequantize
 from dsv3_jax.fp8.linear import KeptInput, for_backward, input_columns, pad_rows, quantize_and_keep, weight_gradient
 from dsv3_jax.fp8.weight import Fp8Weight
-from dsv3_jax.kernels.attention import attend, attention_gradients, keys_and_values
+from dsv3_jax.kernels.attention import attend, attention_gradients
 from dsv3_jax.kernels.block_quantize import quantize_rows_and_columns
 from dsv3_jax.kernels.fp8_matmul import fp8_matmul
 
@@ -32,39 +32,36 @@ def attention_and_projection(
     Returns:
       [B, T, *outputs] in q's dtype.
     """
-    static = (scale, k_rope_BTR.shape[-1])
-    y_RD = _attention_and_projection(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, weight.as_matrix(), *static)
+    y_RD = _attention_and_projection(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, weight.as_matrix(), scale)
     return y_RD.reshape(*q_BTNX.shape[:2], *weight.output_dims)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention_and_projection(
-    q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, weight: Fp8Weight, scale: float, rope_width: int
-) -> jax.Array:
-    return _forward(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, weight, scale, rope_width)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention_and_projection(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, weight: Fp8Weight, scale: float) -> jax.Array:
+    return _forward(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, weight, scale)[0]
 
 
-def _forward(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, weight, scale, rope_width):
-    k_BTNX, v_BTNU = keys_and_values(kv_BTNY, k_rope_BTR, q_BTNX.shape[-1])
-    out_BTNU, lse_BNT = attend(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale=scale, rope_width=rope_width)
+def _forward(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, weight, scale):
+    out_BTNU, lse_BNT = attend(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale=scale)
     batch, length, *_ = out_BTNU.shape
     out_RK = pad_rows(out_BTNU.reshape(batch * length, -1))
     rows, kept = quantize_and_keep(out_RK, None, 0.0, weight.input_cache)
     y_RD = fp8_matmul(rows, weight.forward, out_dtype=out_RK.dtype)[: batch * length]
     kept = checkpoint_name(kept, "attention_out")
     lse_BNT = checkpoint_name(lse_BNT, "attention_lse")
-    return y_RD, (q_BTNX, k_BTNX, v_BTNU, first_key_BT, kept, lse_BNT, for_backward(weight))
+    return y_RD, (q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, kept, lse_BNT, for_backward(weight))
 
 
-def _backward(scale, rope_width, residuals, dy_RD):
-    q_BTNX, k_BTNX, v_BTNU, first_key_BT, kept, lse_BNT, weight = residuals
+def _backward(scale, residuals, dy_RD):
+    q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, kept, lse_BNT, weight = residuals
     dy_rows, dy_columns = quantize_rows_and_columns(pad_rows(dy_RD))
-    dweight_KD = fp8_matmul(input_columns(kept, 0.0), dy_columns, out_dtype=jnp.float32)
+    dweight = weight_gradient(weight, input_columns(kept, 0.0), dy_columns)
     dout_RK = fp8_matmul(dy_rows, weight.backward, out_dtype=dy_RD.dtype)
-    out_BTNU, dout_BTNU = (x_RK[: len(dy_RD)].reshape(v_BTNU.shape) for x_RK in (_values(kept, q_BTNX.dtype), dout_RK))
-    operands = (q_BTNX, k_BTNX, v_BTNU, out_BTNU, lse_BNT, dout_BTNU, first_key_BT)
-    gradients = attention_gradients(*operands, scale=scale, rope_width=rope_width)
-    return *gradients, None, weight_gradient(weight, dweight_KD)
+    out_RK = _values(kept, q_BTNX.dtype)
+    out_BTNU, dout_BTNU = (x_RK[: len(dy_RD)].reshape(*q_BTNX.shape[:3], -1) for x_RK in (out_RK, dout_RK))
+    operands = (q_BTNX, kv_BTNY, k_rope_BTR, out_BTNU, lse_BNT, dout_BTNU, first_key_BT)
+    gradients = attention_gradients(*operands, scale=scale)
+    return *gradients, None, dweight
 
 
 _attention_and_projection.defvjp(_forward, _backward)

@@ -103,9 +103,9 @@ def _product_flops(left: Any, right: Any, result: Any, expert_rows: int | None) 
     return 2.0 * depth * rows * columns
 
 
-def _attention_flops(name: str, query: Any, key: Any, value: Any) -> float:
+def _attention_flops(name: str, query: Any, key_value: Any, rope_key: Any) -> float:
     batch, num_queries, heads, key_dim = query.shape
-    num_keys, value_dim = key.shape[1], value.shape[-1]
+    num_keys, value_dim = key_value.shape[1], key_value.shape[-1] - (key_dim - rope_key.shape[-1])
     pairs = num_queries * (2 * num_keys - num_queries + 1) / 2  # the last query sees all keys
     over_key_dim, over_value_dim = _ATTENTION[name]
     return 2.0 * batch * heads * pairs * (over_key_dim * key_dim + over_value_dim * value_dim)

@@ -123,6 +123,21 @@ def test_kernel_names_what_it_cannot_run(shape, dtype, words):
         op.causal_attention(q, kv, k_rope, scale=1.0, implementation="pallas_gpu")
 
 
+def test_kernel_wants_one_type_of_all_operands():
+    q, kv, k_rope, _ = make_operands(1, 128, 1, 128, 64, 64, jnp.bfloat16)
+    for operands in ((q, kv.astype(jnp.float16), k_rope), (q, kv, k_rope.astype(jnp.float32))):
+        with pytest.raises(ValueError, match="only one 16-bit float type for all"):
+            op.causal_attention(*operands, scale=1.0, implementation="pallas_gpu")
+
+
+def test_backward_pass_keeps_keys_and_values_as_they_came():
+    q, kv, k_rope, out = make_operands(1, 128, 2, 192, 64, 64, jnp.bfloat16)
+    attend = functools.partial(pallas_gpu.causal_attention, first_key_BT=None, scale=0.1)
+    _, backward = jax.eval_shape(lambda *operands: jax.vjp(attend, *operands), q, kv, k_rope)
+    kept = sorted(leaf.shape for leaf in jax.tree.leaves(backward))
+    assert kept == sorted(array.shape for array in (q, kv, k_rope, out, out[..., 0].swapaxes(1, 2)))
+
+
 def test_kernel_needs_a_hopper_gpu():
     q, kv, k_rope, _ = make_operands(1, 128, 1, 128, 64, 64, jnp.bfloat16)
     with pytest.raises(ValueError, match=r"needs a Hopper GPU.*default device is cpu"):
@@ -171,7 +186,10 @@ def test_kernels_in_the_interpreter(monkeypatch, has_segments):
         """Stands in for a register accumulator, whose products from registers the interpreter does not know."""
 
         def __init__(self, value):
-            self.value = value
+            self.value, self.at = value, self
+
+        def __getitem__(self, index):
+            return self, index[1].start
 
     def accumulate(value, multiply):
         accumulator = Accumulator(value)
@@ -179,16 +197,19 @@ def test_kernels_in_the_interpreter(monkeypatch, has_segments):
         return accumulator.value
 
     def multiply(accumulator, lhs, rhs, wgmma=plgpu.wgmma):
+        accumulator, first = accumulator if isinstance(accumulator, tuple) else (accumulator, 0)
         if not isinstance(accumulator, Accumulator):
             return wgmma(accumulator, lhs, rhs)
-        accumulator.value += jnp.dot(lhs.astype(jnp.float32), rhs[...].astype(jnp.float32))
+        product = jnp.dot(lhs.astype(jnp.float32), rhs[...].astype(jnp.float32))
+        columns_after = accumulator.value.shape[1] - first - product.shape[1]
+        accumulator.value += jnp.pad(product, [(0, 0), (first, columns_after)])
 
     monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams()))
     monkeypatch.setattr(plgpu, "wgmma", multiply)
     monkeypatch.setattr(blocks, "accumulate", accumulate)
     monkeypatch.setattr(blocks, "NUM_SMS", 2)
     batch, length, num_heads = (2, 384, 1) if has_segments else (1, 256, 2)
-    operands = make_operands(batch, length, num_heads, 128, 64, 64, jnp.bfloat16)
+    operands = make_operands(batch, length, num_heads, 192, 64, 64, jnp.bfloat16)
     # The first row's first tile of keys is seen by the next tile in part, the second's by none.
     first_key_BT = first_keys([[100, 270], [3, 128, 320, 383]], length) if has_segments else None
     attend = functools.partial(pallas_gpu.causal_attention, scale=0.1)

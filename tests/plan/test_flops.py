@@ -76,17 +76,15 @@ def test_shards_count_as_one_device_sees_them_and_the_rest_is_shared_out():
 
 
 def test_attention_kernels_count_the_lower_triangle_forward_and_backward():
-    batch, length, heads, key_dim, value_dim = 2, 256, 4, 192, 128
+    batch, length, heads, key_dim, value_dim, rope_dim = 2, 256, 4, 192, 128, 64
     q, v = struct(batch, length, heads, key_dim), struct(batch, length, heads, value_dim)
+    keys = struct(batch, length, heads, key_dim - rope_dim + value_dim), struct(batch, length, rope_dim)
     lse = struct(batch, heads, length, dtype=jnp.float32)
-
-    def gradients(q, k, v, out, lse, dout):
-        return attention_gradients(q, k, v, out, lse, dout, scale=1.0, rope_width=64)
 
     pairs = batch * heads * length * (length + 1) / 2
     with device.lowering_for_hopper():
-        forward = count(functools.partial(attend, scale=1.0, rope_width=64), q, q, v)
-        backward = count(gradients, q, q, v, v, lse, v)
+        forward = count(functools.partial(attend, scale=1.0), q, *keys)
+        backward = count(functools.partial(attention_gradients, scale=1.0), q, *keys, v, lse, v)
     assert forward["bf16"] == 2 * pairs * (key_dim + value_dim)
     output_times_its_gradient = 2 * batch * heads * length * value_dim
     assert 0 <= sum(backward.values()) - 2 * pairs * (4 * key_dim + 3 * value_dim) <= output_times_its_gradient
@@ -117,9 +115,9 @@ def test_rows_of_experts_count_up_to_those_that_hold_tokens():
 
 def test_kernel_of_unknown_work_is_refused_rather_than_left_out(monkeypatch):
     monkeypatch.setattr(flops, "_ATTENTION", {})
-    q = struct(1, 128, 1, 192)
+    operands = struct(1, 128, 1, 192), struct(1, 128, 1, 256), struct(1, 128, 64)
     with device.lowering_for_hopper(), pytest.raises(ValueError, match=r"attention_forward multiplies"):
-        count(functools.partial(attend, scale=1.0, rope_width=64), q, q, struct(1, 128, 1, 128))
+        count(functools.partial(attend, scale=1.0), *operands)
 
 
 TINY = RunConfig(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.kernels import dispatch
 from dsv3_jax.kernels.attention import cudnn, reference
-from dsv3_jax.kernels.attention.shared_keys import keys_and_values, sum_over_heads
+from dsv3_jax.kernels.attention.shared_keys import keys_and_values, sum_over_heads, widths
 
 IMPLEMENTATIONS = (*dispatch.IMPLEMENTATIONS, "cudnn")
 LENGTH_MULTIPLE, WIDTH_MULTIPLE = 128, 64  # tiles of the Hopper kernel
@@ -31,8 +31,9 @@ def causal_attention(
         own index, and never falling along T. None: all queries see all earlier keys.
       scale: factor on the scores.
       implementation: "pallas_gpu" (Hopper; 16-bit floats, T a multiple of 128, X, R and U multiples of 64, R < X,
-        U <= X <= 192, U <= 128), "cudnn" (any NVIDIA GPU; 16-bit floats, no first keys) or "reference". None picks
-        pallas_gpu on a Hopper GPU for operands it supports, else the reference; a named one runs or raises.
+        U <= X <= 192, U <= 128), "cudnn" (any NVIDIA GPU; 16-bit floats, no first keys) or "reference". The last two
+        build whole keys in memory. None picks pallas_gpu on a Hopper GPU for operands it supports, else the reference;
+        a named one runs or raises.
 
     Returns:
       [B, T, N, U] in the dtype of q; scores and softmax are float32.
@@ -40,61 +41,61 @@ def causal_attention(
     Raises:
       ValueError: an unknown implementation, or operands or a device that the named one does not support.
     """
+    implementation = _choose(q_BTNX, kv_BTNY, k_rope_BTR, implementation)
+    if implementation == "pallas_gpu":
+        from dsv3_jax.kernels.attention import pallas_gpu  # loads Mosaic: seconds that a CPU process can save
+
+        return pallas_gpu.causal_attention(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale)
     k_BTNX, v_BTNU = keys_and_values(kv_BTNY, k_rope_BTR, q_BTNX.shape[-1])
-    implementation = _choose(q_BTNX, v_BTNU, k_rope_BTR.shape[-1], implementation)
     if implementation == "reference":
         return reference.causal_attention(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale=scale)
-    if implementation == "cudnn":
-        if first_key_BT is not None:
-            raise ValueError("implementation='cudnn' cannot run first_key_BT; use 'pallas_gpu' or 'reference'")
-        return cudnn.causal_attention(q_BTNX, k_BTNX, v_BTNU, scale=scale)
-    from dsv3_jax.kernels.attention import pallas_gpu  # loads Mosaic: seconds that a CPU process can save
-
-    return pallas_gpu.causal_attention(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale)
+    if first_key_BT is not None:
+        raise ValueError("implementation='cudnn' cannot run first_key_BT; use 'pallas_gpu' or 'reference'")
+    return cudnn.causal_attention(q_BTNX, k_BTNX, v_BTNU, scale=scale)
 
 
 def attend(
-    q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, first_key_BT: jax.Array | None = None, *,
-    scale: float, rope_width: int,
+    q_BTNX: jax.Array, kv_BTNY: jax.Array, k_rope_BTR: jax.Array, first_key_BT: jax.Array | None = None, *,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """Computes what `causal_attention` does, for a caller that differentiates by `attention_gradients`.
 
-    Args:
-      q_BTNX, first_key_BT, scale: those of `causal_attention`.
-      k_BTNX, v_BTNU: what `keys_and_values` returns.
-      rope_width: the R of the keys.
+    The arguments are those of `causal_attention`.
 
     Returns:
       The output, and what the gradients need besides: the base-2 log-sum-exp of the scaled scores, float32 [B, N, T].
       None from the reference, whose gradients compute the scores from the beginning.
     """
-    if _choose(q_BTNX, v_BTNU, rope_width, None) == "reference":
+    if _choose(q_BTNX, kv_BTNY, k_rope_BTR, None) == "reference":
+        k_BTNX, v_BTNU = keys_and_values(kv_BTNY, k_rope_BTR, q_BTNX.shape[-1])
         return reference.causal_attention(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale=scale), None
     from dsv3_jax.kernels.attention import pallas_gpu
 
-    return pallas_gpu.attend(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale)
+    return pallas_gpu.attend(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale)
 
 
 def attention_gradients(
-    q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, out_BTNU: jax.Array, lse_BNT: jax.Array | None,
-    dout_BTNU: jax.Array, first_key_BT: jax.Array | None = None, *, scale: float, rope_width: int,
+    q_BTNX: jax.Array, kv_BTNY: jax.Array, k_rope_BTR: jax.Array, out_BTNU: jax.Array, lse_BNT: jax.Array | None,
+    dout_BTNU: jax.Array, first_key_BT: jax.Array | None = None, *, scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Returns the gradients of the operands of `causal_attention`, given what `attend` took and returned, and dout.
 
     The output enters through its products with dout alone, so one that was kept in few bits will do.
     """
     if lse_BNT is None:
+        rope_width = k_rope_BTR.shape[-1]
+        k_BTNX, v_BTNU = keys_and_values(kv_BTNY, k_rope_BTR, q_BTNX.shape[-1])
         attend_again = functools.partial(reference.causal_attention, first_key_BT=first_key_BT, scale=scale)
         dq_BTNX, dk_BTNX, dv_BTNU = jax.vjp(attend_again, q_BTNX, k_BTNX, v_BTNU)[1](dout_BTNU)
         dkv_BTNY = jnp.concatenate([dk_BTNX[..., :-rope_width], dv_BTNU], axis=-1)
         return dq_BTNX, dkv_BTNY, sum_over_heads(dk_BTNX[..., -rope_width:])
     from dsv3_jax.kernels.attention import pallas_gpu
 
-    operands = (q_BTNX, k_BTNX, v_BTNU, first_key_BT, out_BTNU, lse_BNT)
-    return pallas_gpu.gradients(*operands, dout_BTNU, scale=scale, rope_width=rope_width)
+    operands = (q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, out_BTNU, lse_BNT)
+    return pallas_gpu.gradients(*operands, dout_BTNU, scale=scale)
 
 
-def _choose(q_BTNX: jax.Array, v_BTNU: jax.Array, rope_width: int, implementation: str | None) -> str:
+def _choose(q_BTNX: jax.Array, kv_BTNY: jax.Array, k_rope_BTR: jax.Array, implementation: str | None) -> str:
     """Returns the implementation that runs.
 
     Raises:
@@ -104,15 +105,16 @@ def _choose(q_BTNX: jax.Array, v_BTNU: jax.Array, rope_width: int, implementatio
         raise ValueError(f"implementation={implementation!r}: choose one of {IMPLEMENTATIONS} or None")
     if implementation == "cudnn":
         return implementation
-    problem = _unsupported(q_BTNX, v_BTNU, rope_width)
+    problem = _unsupported(q_BTNX, kv_BTNY, k_rope_BTR)
     return "pallas_gpu" if dispatch.runs_pallas(implementation, problem) else "reference"
 
 
-def _unsupported(q_BTNX: jax.Array, v_BTNU: jax.Array, rope_width: int) -> str | None:
+def _unsupported(q_BTNX: jax.Array, kv_BTNY: jax.Array, k_rope_BTR: jax.Array) -> str | None:
     """Names what about these operands the Hopper kernel cannot run, or returns None."""
-    length, width, value_width = q_BTNX.shape[1], q_BTNX.shape[-1], v_BTNU.shape[-1]
-    if q_BTNX.dtype not in (jnp.bfloat16, jnp.float16) or v_BTNU.dtype != q_BTNX.dtype:
-        return f"q {q_BTNX.dtype} with v {v_BTNU.dtype}: only one 16-bit float type for all"
+    length, width = q_BTNX.shape[1], q_BTNX.shape[-1]
+    _, rope_width, value_width = widths(q_BTNX, kv_BTNY, k_rope_BTR)
+    if q_BTNX.dtype not in (jnp.bfloat16, jnp.float16) or {kv_BTNY.dtype, k_rope_BTR.dtype} != {q_BTNX.dtype}:
+        return f"q {q_BTNX.dtype}, kv {kv_BTNY.dtype}, k_rope {k_rope_BTR.dtype}: only one 16-bit float type for all"
     if length % LENGTH_MULTIPLE or not length:
         return f"T={length}: must be a multiple of {LENGTH_MULTIPLE}"
     if width % WIDTH_MULTIPLE or value_width % WIDTH_MULTIPLE or rope_width % WIDTH_MULTIPLE:

@@ -1,7 +1,9 @@
 """Causal attention for Hopper GPUs: persistent Pallas Mosaic GPU kernels for the output and its gradients.
 
 Layout. Operands lie as the model makes them, [B, T, N, width] in a 16-bit float type, T a multiple of 128, widths
-multiples of 64; log-sum-exp and the row sums of out · dout are float32 [B, N, T], in base-2 logarithms.
+multiples of 64; log-sum-exp and the row sums of out · dout are float32 [B, N, T], in base-2 logarithms. A block of
+keys lies in shared memory as it does outside: a head's own columns, and apart those of all heads, which a copy cannot
+put beside them. So a product with keys is one over either part.
 
 A thread block has two multiplying warpgroups of 64 rows each (one wgmma) and one that copies blocks through a ring of
 shared-memory slots and runs ahead across tiles. Tiles are taken longest first, a few heads at a time: the causal
@@ -36,7 +38,7 @@ from dsv3_jax.kernels.attention.blocks import (
     WARPGROUPS,
 )
 from dsv3_jax.kernels.attention.pallas_gpu_gradients import key_value_gradients, query_gradient
-from dsv3_jax.kernels.attention.shared_keys import keys_and_values, sum_over_heads
+from dsv3_jax.kernels.attention.shared_keys import sum_over_heads, widths
 from dsv3_jax.kernels.hopper import segmented
 
 OUT_COLUMNS = 64  # of a store: widths of queries and values are multiples
@@ -46,59 +48,58 @@ def causal_attention(
     q_BTNX: jax.Array, kv_BTNY: jax.Array, k_rope_BTR: jax.Array, first_key_BT: jax.Array | None, scale: float
 ) -> jax.Array:
     """Computes softmax(scale · q kᵀ + mask) v per head; [B, T, N, U] in q's dtype."""
-    return _causal_attention(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale, k_rope_BTR.shape[-1])
+    return _causal_attention(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _causal_attention(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale: float, rope_width: int) -> jax.Array:
-    return _forward(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale, rope_width)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _causal_attention(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale: float) -> jax.Array:
+    return _forward(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale)[0]
 
 
-def _forward(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale, _):
-    k_BTNX, v_BTNU = keys_and_values(kv_BTNY, k_rope_BTR, q_BTNX.shape[-1])
-    out_BTNU, lse_BNT = attend(q_BTNX, k_BTNX, v_BTNU, first_key_BT, scale)
+def _forward(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale):
+    out_BTNU, lse_BNT = attend(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale)
     out_BTNU = checkpoint_name(out_BTNU, "attention_out")
     lse_BNT = checkpoint_name(lse_BNT, "attention_lse")
-    return out_BTNU, (q_BTNX, k_BTNX, v_BTNU, first_key_BT, out_BTNU, lse_BNT)
+    return out_BTNU, (q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, out_BTNU, lse_BNT)
 
 
-def _backward(scale, rope_width, residuals, dout_BTNU):
-    return *gradients(*residuals, dout_BTNU, scale=scale, rope_width=rope_width), None
+def _backward(scale, residuals, dout_BTNU):
+    return *gradients(*residuals, dout_BTNU, scale=scale), None
 
 
 _causal_attention.defvjp(_forward, _backward)
 
 
 def gradients(
-    q_BTNX, k_BTNX, v_BTNU, first_key_BT, out_BTNU, lse_BNT, dout_BTNU, *, scale: float, rope_width: int
+    q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, out_BTNU, lse_BNT, dout_BTNU, *, scale: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the gradients of queries, of keys' own columns beside values, and of the keys' shared columns.
 
     Args: what `attend` took and returned, and the output's gradient.
     """
     delta_BNT = jnp.einsum("BTNU,BTNU->BNT", out_BTNU, dout_BTNU, preferred_element_type=jnp.float32)
-    operands = (q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, delta_BNT)
-    dkv_BTNY, dk_rope_BTNR = key_value_gradients(*operands, scale, rope_width)
+    operands = (q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, dout_BTNU, lse_BNT, delta_BNT)
+    dkv_BTNY, dk_rope_BTNR = key_value_gradients(*operands, scale)
     return query_gradient(*operands, scale), dkv_BTNY, sum_over_heads(dk_rope_BTNR)
 
 
 def attend(
-    q_BTNX: jax.Array, k_BTNX: jax.Array, v_BTNU: jax.Array, first_key_BT: jax.Array | None, scale: float
+    q_BTNX: jax.Array, kv_BTNY: jax.Array, k_rope_BTR: jax.Array, first_key_BT: jax.Array | None, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the output [B, T, N, U] and the base-2 log-sum-exp of the scaled scores, float32 [B, N, T]."""
     batch, length, num_heads, width = q_BTNX.shape
-    value_width, dtype = v_BTNU.shape[-1], q_BTNX.dtype
+    parts, dtype = widths(q_BTNX, kv_BTNY, k_rope_BTR), q_BTNX.dtype
     tiles = blocks.Tiles(batch, num_heads, length // TILE, longest_is_last=True)
     has_segments = first_key_BT is not None
     ranges = segments.key_blocks(first_key_BT, tile=TILE, block=KEY_BLOCK) if has_segments else ()
     segment_operands = (first_key_BT, *ranges) if has_segments else ()
 
-    def attention_forward(q, k, v, *refs):
+    def attention_forward(q, kv, k_rope, *refs):
         if has_segments:
             first_key, whole_block, edge_block, *refs, first_key_smem = refs
         (
             out, lse,
-            q_or_out_smem, k_smem, v_smem, lse_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn,
+            q_or_out_smem, k_smem, k_rope_smem, v_smem, lse_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn,
         ) = refs  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
         q_smem, out_smem = q_or_out_smem
@@ -117,9 +118,10 @@ def attend(
                 def load_step(step, slot):
                     keys = pl.ds(step * KEY_BLOCK, KEY_BLOCK)
                     plgpu.barrier_wait(k_free.at[slot])
-                    plgpu.copy_gmem_to_smem(k.at[b, keys, h], k_smem.at[slot], k_full.at[slot])
+                    plgpu.copy_gmem_to_smem(kv.at[b, keys, h, parts.own_columns], k_smem.at[slot], k_full.at[slot])
+                    plgpu.copy_gmem_to_smem(k_rope.at[b, keys], k_rope_smem.at[slot], k_full.at[slot])
                     plgpu.barrier_wait(v_free.at[slot])
-                    plgpu.copy_gmem_to_smem(v.at[b, keys, h], v_smem.at[slot], v_full.at[slot])
+                    plgpu.copy_gmem_to_smem(kv.at[b, keys, h, parts.value_columns], v_smem.at[slot], v_full.at[slot])
                     return blocks.next_slot(slot)
 
                 first_block = edge_block[b, block] if has_segments else 0
@@ -163,7 +165,8 @@ def attend(
                     plgpu.barrier_wait(k_full.at[slot])
 
                     def multiply_keys(acc_ref):
-                        plgpu.wgmma(acc_ref, own_q, k_smem.at[slot].T)
+                        plgpu.wgmma(acc_ref, own_q.at[:, parts.own_columns], k_smem.at[slot].T)
+                        plgpu.wgmma(acc_ref, own_q.at[:, parts.rope_columns], k_rope_smem.at[slot].T)
                         take_turns()  # one warpgroup multiplies while the other computes its softmax
                         return acc_ref[...]
 
@@ -187,7 +190,7 @@ def attend(
                     return blocks.next_slot(slot), acc, new_maximum, total
 
                 pl.when(warpgroup == 1)(take_turns)
-                carry = (slot, blocks.zeros((ROWS, value_width)), blocks.filled(LOWEST), blocks.filled(0.0))
+                carry = (slot, blocks.zeros((ROWS, parts.value)), blocks.filled(LOWEST), blocks.filled(0.0))
                 first_whole = 0
                 if has_segments:
                     first_whole = whole_block[b, block]
@@ -199,13 +202,13 @@ def attend(
                 pl.when(warpgroup == 0)(take_turns)
 
                 own_out = (acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])).astype(dtype)
-                for i in range(value_width // OUT_COLUMNS):
+                for i in range(parts.value // OUT_COLUMNS):
                     columns = slice(i * OUT_COLUMNS, (i + 1) * OUT_COLUMNS)
                     out_smem[warpgroup * (width // OUT_COLUMNS) + i] = own_out[:, columns]
                 lse_smem[warpgroup] = maximum + jnp.log(total) * LOG2_E
                 plgpu.commit_smem()
                 rows = pl.ds(first_row, ROWS)
-                for i in range(value_width // OUT_COLUMNS):
+                for i in range(parts.value // OUT_COLUMNS):
                     columns = pl.ds(i * OUT_COLUMNS, OUT_COLUMNS)
                     block_smem = out_smem.at[warpgroup * (width // OUT_COLUMNS) + i]
                     plgpu.copy_smem_to_gmem(block_smem, out.at[b, rows, h, columns])
@@ -220,7 +223,7 @@ def attend(
     results = blocks.kernel(
         attention_forward,
         out_type=(
-            jax.ShapeDtypeStruct(v_BTNU.shape, dtype),
+            jax.ShapeDtypeStruct((batch, length, num_heads, parts.value), dtype),
             jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32),
         ),
         scratch_types=(
@@ -229,16 +232,15 @@ def attend(
                 segmented((WARPGROUPS, ROWS, width), dtype),
                 segmented((WARPGROUPS * width // OUT_COLUMNS, ROWS, OUT_COLUMNS), dtype),
             ),
-            segmented((STAGES, KEY_BLOCK, width), dtype),
-            segmented((STAGES, KEY_BLOCK, value_width), dtype),
+            *(segmented((STAGES, KEY_BLOCK, columns), dtype) for columns in parts),
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=2 if has_segments else 1),
             plgpu.Barrier(num_barriers=WARPGROUPS),
-            *blocks.ring(STAGES),
+            *blocks.ring(STAGES, copies=2),
             *blocks.ring(STAGES),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
             *((plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),) if has_segments else ()),
         ),
-    )(q_BTNX, k_BTNX, v_BTNU, *segment_operands)
+    )(q_BTNX, kv_BTNY, k_rope_BTR, *segment_operands)
     # Without the barrier XLA runs the kernel twice where a loop also stacks its results for the backward pass.
     return lax.optimization_barrier(results)

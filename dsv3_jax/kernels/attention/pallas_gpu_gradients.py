@@ -20,13 +20,14 @@ from dsv3_jax.kernels.attention.blocks import (
     TILE,
     WARPGROUPS,
 )
+from dsv3_jax.kernels.attention.shared_keys import widths
 from dsv3_jax.kernels.hopper import segmented
 
 
-def query_gradient(q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, delta_BNT, scale: float) -> jax.Array:
+def query_gradient(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, dout_BTNU, lse_BNT, delta_BNT, scale: float) -> jax.Array:
     """Returns the gradient of the queries, [B, T, N, X] in q's dtype."""
     batch, length, num_heads, width = q_BTNX.shape
-    value_width, dtype, stages = v_BTNU.shape[-1], q_BTNX.dtype, 3
+    parts, dtype, stages = widths(q_BTNX, kv_BTNY, k_rope_BTR), q_BTNX.dtype, 3
     tiles = blocks.Tiles(batch, num_heads, length // TILE, longest_is_last=True)
     blocks_per_tile = TILE // GRADIENT_BLOCK
     has_segments = first_key_BT is not None
@@ -35,12 +36,12 @@ def query_gradient(q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, del
     # With segments the queries' loops take 2 registers more than 232; the copying warpgroup spares them.
     producer_registers, consumer_registers = (24, 240) if has_segments else (PRODUCER_REGISTERS, CONSUMER_REGISTERS)
 
-    def attention_query_gradient(q, k, v, dout, lse, delta, *refs):
+    def attention_query_gradient(q, kv, k_rope, dout, lse, delta, *refs):
         if has_segments:
             first_key, whole_block, edge_block, *refs, first_key_smem = refs
         (
             dq,
-            q_smem, dout_smem, lse_smem, delta_smem, k_smem, v_smem,
+            q_smem, dout_smem, lse_smem, delta_smem, k_smem, k_rope_smem, v_smem,
             rows_full, rows_free, k_full, k_free, v_full, v_free,
         ) = refs  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
@@ -55,9 +56,10 @@ def query_gradient(q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, del
                 def load_step(step, slot):
                     keys = pl.ds(step * GRADIENT_BLOCK, GRADIENT_BLOCK)
                     plgpu.barrier_wait(k_free.at[slot])
-                    plgpu.copy_gmem_to_smem(k.at[b, keys, h], k_smem.at[slot], k_full.at[slot])
+                    plgpu.copy_gmem_to_smem(kv.at[b, keys, h, parts.own_columns], k_smem.at[slot], k_full.at[slot])
+                    plgpu.copy_gmem_to_smem(k_rope.at[b, keys], k_rope_smem.at[slot], k_full.at[slot])
                     plgpu.barrier_wait(v_free.at[slot])
-                    plgpu.copy_gmem_to_smem(v.at[b, keys, h], v_smem.at[slot], v_full.at[slot])
+                    plgpu.copy_gmem_to_smem(kv.at[b, keys, h, parts.value_columns], v_smem.at[slot], v_full.at[slot])
                     return blocks.next_slot(slot, stages)
 
                 first_block = edge_block[b, block] if has_segments else 0
@@ -101,7 +103,8 @@ def query_gradient(q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, del
 
                     def multiply(scores_ref):
                         def multiply_again(dweights_ref):
-                            plgpu.wgmma(scores_ref, own_q, k_smem.at[slot].T)
+                            plgpu.wgmma(scores_ref, own_q.at[:, parts.own_columns], k_smem.at[slot].T)
+                            plgpu.wgmma(scores_ref, own_q.at[:, parts.rope_columns], k_rope_smem.at[slot].T)
                             plgpu.wgmma(dweights_ref, own_dout, v_smem.at[slot].T)
                             scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
                             weights = jnp.exp2(scores * (scale * LOG2_E) - lax.broadcast_in_dim(row_lse, shape, [0]))
@@ -119,7 +122,12 @@ def query_gradient(q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, del
                         row_first_key = plgpu.layout_cast(first_key_smem[warpgroup], ROW_VECTOR)
                         dscores = jnp.where(keys >= lax.broadcast_in_dim(row_first_key, shape, [0]), dscores, 0.0)
                     dscores = dscores.astype(dtype)
-                    acc = blocks.accumulate(acc, lambda acc_ref: plgpu.wgmma(acc_ref, dscores, k_smem.at[slot]))
+
+                    def multiply_scores(acc_ref):
+                        plgpu.wgmma(acc_ref.at[:, parts.own_columns], dscores, k_smem.at[slot])
+                        plgpu.wgmma(acc_ref.at[:, parts.rope_columns], dscores, k_rope_smem.at[slot])
+
+                    acc = blocks.accumulate(acc, multiply_scores)
                     plgpu.barrier_arrive(k_free.at[slot])
                     return blocks.next_slot(slot, stages), acc
 
@@ -152,22 +160,21 @@ def query_gradient(q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, del
         out_type=jax.ShapeDtypeStruct(q_BTNX.shape, dtype),
         scratch_types=(
             segmented((WARPGROUPS, ROWS, width), dtype),
-            segmented((WARPGROUPS, ROWS, value_width), dtype),
+            segmented((WARPGROUPS, ROWS, parts.value), dtype),
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-            segmented((stages, GRADIENT_BLOCK, width), dtype),
-            segmented((stages, GRADIENT_BLOCK, value_width), dtype),
+            *(segmented((stages, GRADIENT_BLOCK, columns), dtype) for columns in parts),
             plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=5 if has_segments else 4),
             plgpu.Barrier(num_barriers=WARPGROUPS),
-            *blocks.ring(stages),
+            *blocks.ring(stages, copies=2),
             *blocks.ring(stages),
             *((plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),) if has_segments else ()),
         ),
-    )(q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT, *segment_operands)
+    )(q_BTNX, kv_BTNY, k_rope_BTR, dout_BTNU, lse_BNT, delta_BNT, *segment_operands)
 
 
 def key_value_gradients(
-    q_BTNX, k_BTNX, v_BTNU, first_key_BT, dout_BTNU, lse_BNT, delta_BNT, scale: float, rope_width: int
+    q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, dout_BTNU, lse_BNT, delta_BNT, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the gradients of keys beside values, [B, T, N, X - R + U], and of the keys' last columns, [B, T, N, R].
 
@@ -176,8 +183,7 @@ def key_value_gradients(
     and U = 128.
     """
     batch, length, num_heads, width = q_BTNX.shape
-    value_width, dtype, stages = v_BTNU.shape[-1], q_BTNX.dtype, 3
-    own_width = width - rope_width  # of the keys' columns that lie beside the values
+    parts, dtype, stages = widths(q_BTNX, kv_BTNY, k_rope_BTR), q_BTNX.dtype, 3
     num_blocks = length // GRADIENT_BLOCK
     tiles = blocks.Tiles(batch, num_heads, num_blocks, longest_is_last=False)
     shape = (ROWS, GRADIENT_BLOCK)  # products are transposed: a row is a key, a column a query
@@ -186,12 +192,13 @@ def key_value_gradients(
     ranges = segments.query_blocks(first_key_BT, tile=ROWS, block=GRADIENT_BLOCK) if has_segments else ()
     segment_operands = (first_key_BT, *ranges) if has_segments else ()
 
-    def attention_key_value_gradients(q, k, v, dout, lse, delta, *refs):
+    def attention_key_value_gradients(q, kv, k_rope, dout, lse, delta, *refs):
         if has_segments:
             first_key, whole_block, edge_block, *refs, first_key_smem = refs
         (
             dkv, dk_rope,
-            k_smem, v_smem, dk_smem, dk_rope_smem, dv_smem, weights_smem, q_smem, dout_smem, lse_smem, delta_smem,
+            k_smem, k_rope_smem, v_smem, dk_smem, dk_rope_smem, dv_smem, weights_smem,
+            q_smem, dout_smem, lse_smem, delta_smem,
             k_full, k_free, v_full, v_free, weights_full, weights_free, q_full, q_free, dout_full, dout_free,
         ) = refs  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
@@ -207,9 +214,10 @@ def key_value_gradients(
                 b, h, block = tile
                 keys = pl.ds(block * ROWS, ROWS)
                 plgpu.barrier_wait(k_free)
-                plgpu.copy_gmem_to_smem(k.at[b, keys, h], k_smem, k_full)
+                plgpu.copy_gmem_to_smem(kv.at[b, keys, h, parts.own_columns], k_smem, k_full)
+                plgpu.copy_gmem_to_smem(k_rope.at[b, keys], k_rope_smem, k_full)
                 plgpu.barrier_wait(v_free)
-                plgpu.copy_gmem_to_smem(v.at[b, keys, h], v_smem, v_full)
+                plgpu.copy_gmem_to_smem(kv.at[b, keys, h, parts.value_columns], v_smem, v_full)
 
                 def load_step(step, slot):
                     queries = pl.ds(step * GRADIENT_BLOCK, GRADIENT_BLOCK)
@@ -245,7 +253,8 @@ def key_value_gradients(
                     plgpu.barrier_wait(q_full.at[slot])
 
                     def multiply(acc_ref):
-                        plgpu.wgmma(acc_ref, k_smem, q_smem.at[slot].T)
+                        plgpu.wgmma(acc_ref, k_smem, q_smem.at[slot, :, parts.own_columns].T)
+                        plgpu.wgmma(acc_ref, k_rope_smem, q_smem.at[slot, :, parts.rope_columns].T)
                         return acc_ref[...]
 
                     scores = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
@@ -270,7 +279,7 @@ def key_value_gradients(
                     plgpu.barrier_arrive(dout_free.at[slot])
                     return blocks.next_slot(slot, stages), 1 - weights_slot, acc
 
-                carry = (*carry, blocks.zeros((ROWS, value_width)))
+                carry = (*carry, blocks.zeros((ROWS, parts.value)))
                 carry = differentiate_block(block, carry, is_causal=True, is_cut=has_segments)
                 end_of_whole = whole_block[b, block] if has_segments else num_blocks
                 differentiate_whole_block = functools.partial(differentiate_block, is_causal=False, is_cut=False)
@@ -282,8 +291,7 @@ def key_value_gradients(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 dv_smem[...] = carry[2].astype(dtype)
                 plgpu.commit_smem()
-                rows, columns = pl.ds(block * ROWS, ROWS), pl.ds(own_width, value_width)
-                plgpu.copy_smem_to_gmem(dv_smem, dkv.at[b, rows, h, columns])
+                plgpu.copy_smem_to_gmem(dv_smem, dkv.at[b, pl.ds(block * ROWS, ROWS), h, parts.value_columns])
                 return carry[:2]
 
             _, weights_slot = tiles.for_each(differentiate_tile, (jnp.int32(0), jnp.int32(0)))
@@ -351,10 +359,10 @@ def key_value_gradients(
                 plgpu.barrier_arrive(v_free)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 dk = (carry[2] * scale).astype(dtype)
-                dk_smem[...], dk_rope_smem[...] = dk[:, :own_width], dk[:, own_width:]
+                dk_smem[...], dk_rope_smem[...] = dk[:, parts.own_columns], dk[:, parts.rope_columns]
                 plgpu.commit_smem()
                 rows = pl.ds(block * ROWS, ROWS)
-                plgpu.copy_smem_to_gmem(dk_smem, dkv.at[b, rows, h, pl.ds(0, own_width)])
+                plgpu.copy_smem_to_gmem(dk_smem, dkv.at[b, rows, h, parts.own_columns])
                 plgpu.copy_smem_to_gmem(dk_rope_smem, dk_rope.at[b, rows, h])
                 return carry[:2]
 
@@ -365,23 +373,20 @@ def key_value_gradients(
         attention_key_value_gradients,
         out_type=tuple(
             jax.ShapeDtypeStruct((batch, length, num_heads, columns), dtype)
-            for columns in (own_width + value_width, rope_width)
+            for columns in (kv_BTNY.shape[-1], parts.rope)
         ),
         scratch_types=(
-            segmented((ROWS, width), dtype),
-            segmented((ROWS, value_width), dtype),
-            segmented((ROWS, own_width), dtype),
-            segmented((ROWS, rope_width), dtype),
-            segmented((ROWS, value_width), dtype),
+            *(segmented((ROWS, columns), dtype) for columns in (*parts, *parts)),
             segmented((2, *shape), dtype),
             segmented((stages, GRADIENT_BLOCK, width), dtype),
-            segmented((stages, GRADIENT_BLOCK, value_width), dtype),
+            segmented((stages, GRADIENT_BLOCK, parts.value), dtype),
             plgpu.SMEM((stages, GRADIENT_BLOCK), jnp.float32),
             plgpu.SMEM((stages, GRADIENT_BLOCK), jnp.float32),
-            *(plgpu.Barrier(),) * 4,
+            plgpu.Barrier(num_arrivals=2),
+            *(plgpu.Barrier(),) * 3,
             *(plgpu.Barrier(num_barriers=2),) * 2,
             *blocks.ring(stages, copies=3 if has_segments else 2),
             *blocks.ring(stages, copies=2),
             *((plgpu.SMEM((stages, GRADIENT_BLOCK), jnp.int32),) if has_segments else ()),
         ),
-    )(q_BTNX, k_BTNX, v_BTNU, dout_BTNU, lse_BNT, delta_BNT, *segment_operands)
+    )(q_BTNX, kv_BTNY, k_rope_BTR, dout_BTNU, lse_BNT, delta_BNT, *segment_operands)
