@@ -4,7 +4,7 @@ Command:   python launch/export_hf.py --config=configs/deepseek_v3_671b.py --dty
            Pre-training ran at 4K positions without YaRN (§4.2; YaRN came with the context extension, §4.3):
            python launch/train.py --config=configs/deepseek_v3_671b.py --config.model.rope_scaling=none ...
 Hardware:  2048 H800: 32 copies of 8 nodes x 8 GPUs (the report: 16 pipeline stages x 64-way experts x 2).
-           Without a pipeline it fits on H200s as planned with --config.mesh.fsdp=true: 120 GB of 147 each.
+           Without a pipeline it fits on H200s as planned with --config.mesh.fsdp=true: 116 GB of 147 each.
 Cost:      2.66M H800 GPU-hours for 14.8T tokens, 180K per 1T (§1, Table 1).
 Result:    0.548 bits per byte on Pile-test, 87.1 on MMLU, 65.2 pass@1 on HumanEval (§4.4, Table 3).
 

@@ -145,8 +145,9 @@ def cast_params(config: ModelConfig, params: dict) -> dict:
 def prepare_params(config: ModelConfig, params: dict) -> dict:
     """Rounds what is gathered of linears' weights, or with precision=fp8 quantizes them all, masters beside them.
 
-    The functions of this module do the same inside. A caller that runs several of them between two changes of the
-    parameters does it once, before; devices that keep parts of them, before they gather them.
+    Embedding and head are rounded where they are gathered. The functions of this module do the same inside. A caller
+    that runs several of them between two changes of the parameters does it once, before; devices that keep parts of
+    them, before they gather them.
     """
     if config.precision == "fp8" and not has_prepared(params):
         warn_without_kernels()
