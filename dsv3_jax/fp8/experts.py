@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.fp8.feed_forward import FeedForwardWeights, gate_and_up, quantized_swiglu, weighted_swiglu_gradient
 from dsv3_jax.fp8.formats import E4M3, FLOAT32_MANTISSA_BITS, TILE, QuantizedArray
-from dsv3_jax.fp8.linear import pad_rows, weight_gradient
+from dsv3_jax.fp8.linear import pad_rows
 from dsv3_jax.fp8.weight import Fp8Weight
 from dsv3_jax.kernels.block_quantize import quantize_columns, quantize_rows, rows_to_columns, swiglu_columns
 from dsv3_jax.kernels.expert_rows import (
@@ -26,7 +26,11 @@ from dsv3_jax.kernels.expert_rows import (
     sum_rows,
     sum_weighted_rows,
 )
-from dsv3_jax.kernels.grouped_matmul import grouped_fp8_matmul, grouped_fp8_weight_gradient
+from dsv3_jax.kernels.grouped_matmul import (
+    grouped_fp8_matmul,
+    grouped_fp8_weight_gradient,
+    grouped_fp8_weight_gradient_with_squares,
+)
 from dsv3_jax.kernels.swiglu import swiglu
 
 ALIGNMENT = TILE  # rows of one expert start at a tile of their columns' quantization
@@ -111,10 +115,12 @@ def _multiply(x: QuantizedArray, weight: QuantizedArray, rows: ExpertRows, dtype
 
 def _weight_gradient(weight: Fp8Weight, x: QuantizedArray, dy: QuantizedArray, rows: ExpertRows) -> Fp8Weight:
     """Returns the gradient of a weight, given input and output gradient in columns."""
-    dmaster_EKN = grouped_fp8_weight_gradient(
-        x, dy, rows.rows_per_expert_E, alignment=rows.alignment, out_dtype=jnp.float32
-    )
-    return weight_gradient(weight, dmaster_EKN.reshape(*dmaster_EKN.shape[:2], *weight.output_dims))
+    operands, squares = (x, dy, rows.rows_per_expert_E), None
+    if weight.squares is None:
+        dmaster_EKN = grouped_fp8_weight_gradient(*operands, alignment=rows.alignment, out_dtype=jnp.float32)
+    else:
+        dmaster_EKN, squares = grouped_fp8_weight_gradient_with_squares(*operands, alignment=rows.alignment)
+    return weight.gradient(dmaster_EKN.reshape(*dmaster_EKN.shape[:2], *weight.output_dims), squares)
 
 
 def _unpack(payload: Payload, rows: ExpertRows) -> QuantizedArray:

@@ -76,13 +76,12 @@ def _feed_forward_backward(eps, residuals, dy_RD):
     kept, swiglu_inputs, weights = residuals
     dy_rows, dy_columns = quantize_rows_and_columns(dy_RD)
     dhidden_RF = fp8_matmul(dy_rows, weights.down.backward, out_dtype=dy_RD.dtype)
-    ddown = fp8_matmul(_hidden_columns(swiglu_inputs), dy_columns, out_dtype=jnp.float32)
+    ddown = weight_gradient(weights.down, _hidden_columns(swiglu_inputs), dy_columns)
     dgate_up_rows, dgate_up_columns = swiglu_gradient(swiglu_inputs, dhidden_RF)
-    dgate_up = fp8_matmul(input_columns(kept, eps), dgate_up_columns, out_dtype=jnp.float32)
+    dgate_up = weight_gradient(weights.gate_up, input_columns(kept, eps), dgate_up_columns)
     dx_RD = fp8_matmul(dgate_up_rows, weights.gate_up.backward, out_dtype=dy_RD.dtype)
     dx_RD, dnorm_weight = input_gradient([dx_RD], kept, eps)
-    dweights = FeedForwardWeights(weight_gradient(weights.gate_up, dgate_up), weight_gradient(weights.down, ddown))
-    return dx_RD, None, dnorm_weight, dweights
+    return dx_RD, None, dnorm_weight, FeedForwardWeights(dgate_up, ddown)
 
 
 _feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)

@@ -24,7 +24,7 @@ from dsv3_jax.kernels.block_quantize import (
     rms_norm_rows,
     rows_to_columns,
 )
-from dsv3_jax.kernels.fp8_matmul import fp8_matmul
+from dsv3_jax.kernels.fp8_matmul import fp8_matmul, fp8_matmul_with_squares
 
 ROW_MULTIPLE = 16
 
@@ -71,7 +71,7 @@ def _linears_backward(eps, residuals, doutputs):
     for dy_RN, weight in zip(doutputs, weights, strict=True):
         dy_rows, dy_columns = quantize_rows_and_columns(dy_RN)
         dinputs.append(fp8_matmul(dy_rows, weight.backward, out_dtype=dy_RN.dtype))
-        dweights.append(weight_gradient(weight, fp8_matmul(columns, dy_columns, out_dtype=jnp.float32)))
+        dweights.append(weight_gradient(weight, columns, dy_columns))
     return *input_gradient(dinputs, kept, eps), tuple(dweights)
 
 
@@ -153,9 +153,11 @@ def for_backward(weight: Fp8Weight) -> Fp8Weight:
     return dataclasses.replace(weight, master=None, forward=None)
 
 
-def weight_gradient(weight: Fp8Weight, dmaster: jax.Array) -> Fp8Weight:
-    """Returns the gradient of a weight: that of its master; codes have none."""
-    return dataclasses.replace(weight, master=dmaster, forward=None, backward=None)
+def weight_gradient(weight: Fp8Weight, x: QuantizedArray, dy: QuantizedArray) -> Fp8Weight:
+    """Returns the gradient of a weight, given those columns of its input and of its output's gradient."""
+    if weight.squares is None:
+        return weight.gradient(fp8_matmul(x, dy, out_dtype=jnp.float32), None)
+    return weight.gradient(*fp8_matmul_with_squares(x, dy))
 
 
 def split_leading(x: jax.Array, contraction: int) -> tuple[tuple[int, ...], int]:

@@ -15,15 +15,15 @@ from dsv3_jax.kernels.block_quantize import quantize_weights
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("master", "forward", "backward"),
+    data_fields=("master", "forward", "backward", "squares"),
     meta_fields=("output_dims", "input_cache"),
 )
 @dataclasses.dataclass(frozen=True)
 class Fp8Weight:
     """A weight [*batch, *K, *N] that a linear multiplies in E4M3; takes the weight's place in a parameter tree.
 
-    The gradient belongs to the master alone. 128x128 blocks stay blocks under transposition, so both directions hold
-    the same codes.
+    The gradient belongs to the master alone, and its sum of squares to `squares`. 128x128 blocks stay blocks under
+    transposition, so both directions hold the same codes.
     """
 
     master: jax.Array | None  # float32, the parameter itself; None where no gradient is wanted
@@ -31,6 +31,7 @@ class Fp8Weight:
     backward: QuantizedArray | None  # [*batch, K, N] in blocks; None where no gradient is wanted
     output_dims: tuple[int, ...]  # the dimensions that N stands for
     input_cache: str  # what the linear keeps of its input for the weight's gradient: "e4m3", "e5m6" or "bf16"
+    squares: jax.Array | None = None  # float32 zero whose gradient is the sum of squares of the master's; None: unasked
 
     def __getitem__(self, index) -> "Fp8Weight":
         """Returns the weight itself for `[...]`, as an array does."""
@@ -43,6 +44,10 @@ class Fp8Weight:
             return self
         *batch, outputs, contraction = self.forward.codes.shape
         return dataclasses.replace(self, master=self.master.reshape(*batch, contraction, outputs))
+
+    def gradient(self, dmaster: jax.Array, squares: jax.Array | None) -> "Fp8Weight":
+        """Returns the gradient of the weight: that of its master and, where it is asked for, the sum of its squares."""
+        return dataclasses.replace(self, master=dmaster, forward=None, backward=None, squares=squares)
 
     def dequantize(self, contracted: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
         """Returns the codes' values as [*batch, *contracted, *output_dims]."""

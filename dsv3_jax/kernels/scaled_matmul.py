@@ -86,7 +86,8 @@ def scaled_matmul(
     tile: Tile,
     num_work: Callable,
     work_at: Callable,
-) -> jax.Array:
+    with_squares: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
     """Multiplies row-scaled a with the transpose of b, block- or row-scaled, tile by tile.
 
     Args:
@@ -97,6 +98,10 @@ def scaled_matmul(
       tile: the work of one thread block.
       num_work: references to the tables -> number of pieces of work, each of tile.rows x tile.cluster_columns.
       work_at: (references to the tables, index) -> `Work`.
+      with_squares: also add up the squares of the output, where no tile has rows of another.
+
+    Returns:
+      the output, and the float32 sum of the squares of all of it or None.
 
     Raises:
       ValueError: the tile's cluster does not divide the multiprocessors, or the rows of a wave.
@@ -118,9 +123,10 @@ def scaled_matmul(
 
     # One function because the two roles share barriers, buffers and the order of tiles.
     def fp8_matmul_kernel(*refs):
-        *in_refs, out_ref, a_smem, b_smem, a_scales_smem, b_scales_smem, out_smem = refs[:-5]
+        a_ref, a_scales_ref, b_ref, b_scales_ref, *table_refs = refs[: len(operands)]
+        out_ref, *squares_ref = refs[len(operands) : -11]
+        a_smem, b_smem, a_scales_smem, b_scales_smem, out_smem, squares_smem = refs[-11:-5]
         empty, full_blocks, empty_blocks, full, empty_in_all = refs[-5:]
-        a_ref, a_scales_ref, b_ref, b_scales_ref, *table_refs = in_refs
         warpgroup, first = lax.axis_index("warpgroup"), lax.axis_index("first")
         count = lax.div(num_work(table_refs) - first + num_clusters - 1, num_clusters)
 
@@ -209,7 +215,7 @@ def scaled_matmul(
                 plgpu.barrier_arrive(empty.at[slot])
 
             def multiply_tile(index, carry):
-                slot, now = carry
+                slot, now, squares = carry
                 later = work(index + 1)
                 parity = lax.rem(index, 2)
                 if is_blockwise:
@@ -268,7 +274,9 @@ def scaled_matmul(
                     plgpu.barrier_arrive(empty_blocks.at[parity])
                 for wave, acc in enumerate(accs):
                     store_wave(wave, acc.astype(out_type.dtype), now)
-                return slot, later
+                    if with_squares:
+                        squares += jnp.sum(jnp.square(acc), axis=1)
+                return slot, later, squares
 
             def store_wave(wave, out_tile, now):
                 matrix = (now.group,) if len(out_type.shape) == 3 else ()
@@ -292,13 +300,20 @@ def scaled_matmul(
                         plgpu.commit_smem()
                         plgpu.copy_smem_to_gmem(buffer, target)
 
-            lax.fori_loop(0, count, multiply_tile, (jnp.int32(0), work(0)))
+            start = (jnp.int32(0), work(0), zero_per_row if with_squares else None)
+            *_, squares = lax.fori_loop(0, count, multiply_tile, start)
+            if with_squares:
+                squares_smem[warpgroup] = squares
+                plgpu.commit_smem()
+                block = lax.axis_index("block") if is_clustered else 0
+                plgpu.copy_smem_to_gmem(squares_smem.at[warpgroup], squares_ref[0].at[first, block, warpgroup])
             plgpu.wait_smem_to_gmem(0)
 
     b_scales_shape = (2, -(-block_scales // TMA_SCALE_ROW) * TMA_SCALE_ROW) if is_blockwise else (stages, columns)
-    out = plgpu.kernel(
+    squares_type = jax.ShapeDtypeStruct((num_clusters, tile.cluster, warpgroups, WARPGROUP_ROWS), jnp.float32)
+    out, *squares = plgpu.kernel(
         fp8_matmul_kernel,
-        out_type=out_type,
+        out_type=(out_type, squares_type) if with_squares else (out_type,),
         grid=(num_clusters,),
         grid_names=("first",),
         cluster=(tile.cluster,) if is_clustered else (),
@@ -311,6 +326,7 @@ def scaled_matmul(
             plgpu.SMEM((stages, tile.rows), jnp.float32),
             plgpu.SMEM(b_scales_shape, jnp.float32),
             segmented((warpgroups, tile.store_slots, WARPGROUP_ROWS, tile.store_columns), out_type.dtype),
+            plgpu.SMEM((warpgroups, WARPGROUP_ROWS), jnp.float32) if with_squares else None,
             plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
             plgpu.Barrier(num_barriers=2, num_arrivals=len(scale_boxes(block_scales))),
             plgpu.Barrier(num_barriers=2, num_arrivals=warpgroups),
@@ -325,7 +341,8 @@ def scaled_matmul(
     # Without the barrier XLA runs the kernel twice where a loop also stacks its result for the backward pass. Weight
     # gradients are only stacked: without it the kernel writes them where they belong.
     out = lax.optimization_barrier(out) if is_blockwise else out
-    return out if out.shape == whole_shape else out[tuple(map(slice, whole_shape))]
+    out = out if out.shape == whole_shape else out[tuple(map(slice, whole_shape))]
+    return out, jnp.sum(squares[0]) if squares else None
 
 
 def find_addresses(a_smem: Any, b_smem: Any, a_scales_smem: Any, *, transforms: tuple) -> None:

@@ -24,12 +24,20 @@ from dsv3_jax.model.deepseek_v3 import (
     slot_specs,
     split_layers,
 )
-from dsv3_jax.model.params import ParamSpec, compute_dtype, gather_params, masters_of, with_masters
+from dsv3_jax.model.params import (
+    ParamSpec,
+    compute_dtype,
+    gather_params,
+    masters_of,
+    square_slots,
+    with_masters,
+    with_squares,
+)
 from dsv3_jax.model.weights import is_fp8
 
 __all__ = [
     "Cache", "Forward", "ParamSpec", "cast_params", "compute_dtype", "count_params", "decode_step",
     "document_starts", "forward", "gather_params", "init_cache", "init_params", "is_fp8", "logits", "masters_of",
     "param_shardings", "param_specs", "param_splits", "prefill", "prepare_params", "slot_specs", "split_layers",
-    "with_masters",
+    "square_slots", "with_masters", "with_squares",
 ]  # fmt: skip

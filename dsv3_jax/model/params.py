@@ -20,6 +20,7 @@ from dsv3_jax.model.weights import (
     Linear,
     compute_dtype,
     gather_weight,
+    is_fp8,
     is_prepared,
     prepare_weight,
     quantize_whole,
@@ -158,6 +159,29 @@ def with_masters(params: dict, masters: dict) -> dict:
         return dataclasses.replace(value, master=master) if is_prepared(value) else master
 
     return jax.tree.map(attach, params, masters, is_leaf=_is_leaf)
+
+
+def square_slots(params: dict, is_final: dict) -> dict:
+    """Returns in the place of FP8 weights zeros, one per layer, whose gradient is the gradient's sum of squares.
+
+    Args:
+      params: prepared; every FP8 weight is that of a stack of layers.
+      is_final: bool for every leaf; what is False, or no FP8 weight, has None in its place.
+    """
+
+    def slot(value, is_final):
+        return jnp.zeros(len(value.backward.codes), jnp.float32) if is_fp8(value) and is_final else None
+
+    return jax.tree.map(slot, params, is_final, is_leaf=_is_leaf)
+
+
+def with_squares(params: dict, squares: dict) -> dict:
+    """Returns the parameters with what `square_slots` made in the FP8 weights."""
+
+    def attach(value, squares):
+        return value if squares is None else dataclasses.replace(value, squares=squares)
+
+    return jax.tree.map(attach, params, squares, is_leaf=_is_leaf)
 
 
 def _is_leaf(value: Any) -> bool:

@@ -66,14 +66,20 @@ def is_decayed(path: tuple) -> bool:
     return not name.endswith("norm") and name != CORRECTION_BIAS
 
 
-def global_norm(grads: dict) -> jax.Array:
-    """Returns the L2 norm over all gradients but the correction biases', accumulated in float32."""
-    squares = [
-        jnp.sum(jnp.square(grad.astype(jnp.float32)))
-        for path, grad in jax.tree_util.tree_leaves_with_path(grads)
-        if path[-1].key != CORRECTION_BIAS
-    ]
-    return jnp.sqrt(sum(squares))
+def global_norm(grads: dict, squares: dict) -> jax.Array:
+    """Returns the L2 norm over all gradients but the correction biases', accumulated in float32.
+
+    Args:
+      grads: any float dtype.
+      squares: in the place of every gradient its sum of squares, float32, where that is known, or None.
+    """
+
+    def sum_of_squares(path, grad, known):
+        if path[-1].key == CORRECTION_BIAS:
+            return jnp.float32(0)
+        return jnp.sum(jnp.square(grad.astype(jnp.float32))) if known is None else known
+
+    return jnp.sqrt(sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(sum_of_squares, grads, squares))))
 
 
 def clip_factor(norm: jax.Array, *, clip_norm: float) -> jax.Array:

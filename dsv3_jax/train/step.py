@@ -11,7 +11,15 @@ import optax
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import RunConfig, require
-from dsv3_jax.model import gather_params, masters_of, param_splits, prepare_params, with_masters
+from dsv3_jax.model import (
+    gather_params,
+    masters_of,
+    param_splits,
+    prepare_params,
+    square_slots,
+    with_masters,
+    with_squares,
+)
 from dsv3_jax.sharding.collectives import max_over, sum_over
 from dsv3_jax.sharding.mesh import AXES, Work, check_mesh
 from dsv3_jax.sharding.rules import batch_sharding, batch_spec, per_device, replicated
@@ -88,12 +96,12 @@ def _jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable:
         functools.partial(_device_share, config, mesh),
         mesh=mesh,
         in_specs=(param_parts, batch_spec(leading_dims=1), PartitionSpec()),
-        out_specs=(param_parts, PartitionSpec(), PartitionSpec()),
+        out_specs=(param_parts, PartitionSpec(), PartitionSpec(), PartitionSpec()),
     )
 
     def step(state: TrainState, tokens_ABT: jax.Array, scalars: dict) -> tuple[TrainState, dict]:
-        grads, losses, routing = share(state.params, tokens_ABT, scalars)
-        return update_state(config, state, grads, losses, routing, scalars)
+        grads, squares, losses, routing = share(state.params, tokens_ABT, scalars)
+        return update_state(config, state, grads, squares, losses, routing, scalars)
 
     return jax.jit(
         step,
@@ -106,27 +114,36 @@ def _jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable:
 
 def _device_share(
     config: RunConfig, mesh: jax.sharding.Mesh, masters: dict, tokens_ABT: jax.Array, scalars: dict
-) -> tuple[dict, Losses, Routing]:
-    """Computes on one device: its part of the summed gradients; losses and routing of the whole batch."""
+) -> tuple[dict, dict, Losses, Routing]:
+    """Computes on one device: its part of the summed gradients; losses and routing of the whole batch.
+
+    Second stands, for each gradient whose sum of squares over all devices is known without reading it, that sum: where
+    the backward pass writes the final gradient of an FP8 weight, in one pass and without a sum over devices.
+    """
     splits = param_splits(config.model, mesh)
     is_layered = {name: config.mesh.fsdp and name.endswith("_layers") for name in masters}
     with jax.named_scope("prepare_weights"):
         parts = prepare_params(config.model, jax.tree.map(as_part, masters, splits))  # once, for all passes
     params = {name: tree if is_layered[name] else gather_params(tree) for name, tree in parts.items()}
 
-    def loss_of_masters(masters, tokens_BT1):
-        return training_loss(
-            config, with_masters(params, masters), tokens_BT1, mtp_loss_weight=scalars["mtp_loss_weight"]
-        )
+    def loss_of_masters(masters_and_squares, tokens_BT1):
+        masters, squares = masters_and_squares
+        weights = with_squares(with_masters(params, masters), squares)
+        return training_loss(config, weights, tokens_BT1, mtp_loss_weight=scalars["mtp_loss_weight"])
 
+    is_final = jax.tree.map(lambda split: split.is_unshared() and len(tokens_ABT) == 1, splits)
+    masters_and_squares = masters_of(params), square_slots(params, is_final)
     gradient = jax.grad(loss_of_masters, has_aux=True)
-    grads, losses, routing = _sum_over_passes(gradient, masters_of(params), tokens_ABT, scalars["num_passes"])
+    (grads, squares), losses, routing = _sum_over_passes(
+        gradient, masters_and_squares, tokens_ABT, scalars["num_passes"]
+    )
     with jax.named_scope("sum_gradients"):
+        squares = jax.tree.map(lambda squares_L: sum_over(jnp.sum(squares_L), AXES), squares)
         grads = jax.tree.map(reduce_gradient, grads, splits, is_leaf=is_part)
     with jax.named_scope("metrics"):
         losses = jax.tree.map(lambda value: sum_over(value / scalars["num_passes"], AXES), losses)
         rounds = max_over(routing.further_rounds, "replica")  # the devices of a replica all count the same
-        return grads, losses, Routing(sum_over(routing.tokens_per_expert, AXES), rounds)
+        return grads, squares, losses, Routing(sum_over(routing.tokens_per_expert, AXES), rounds)
 
 
 def as_scalars(config: RunConfig, settings: StepSettings) -> dict:
@@ -144,10 +161,10 @@ def split_batch(config: RunConfig, tokens_BT: np.ndarray) -> np.ndarray:
 
 
 @jax.named_scope("optimizer")
-def update_state(config: RunConfig, state: TrainState, grads: dict, losses: Losses, routing: Routing,
-                 scalars: dict) -> tuple[TrainState, dict]:  # fmt: skip
+def update_state(config: RunConfig, state: TrainState, grads: dict, squares: dict, losses: Losses,
+                 routing: Routing, scalars: dict) -> tuple[TrainState, dict]:  # fmt: skip
     """Applies the summed gradients of a batch, unless the step is bad; returns the state and the step's metrics."""
-    grad_norm = global_norm(grads) / scalars["num_passes"]
+    grad_norm = global_norm(grads, squares) / scalars["num_passes"]
     is_good = jnp.isfinite(losses.total) & jnp.isfinite(grad_norm) & ~_is_spike(config, state, losses.main)
 
     grad_scale = clip_factor(grad_norm, clip_norm=config.train.clip_norm) / scalars["num_passes"]

@@ -128,6 +128,9 @@ def ragged_calls() -> dict[str, Call]:
         clustered[f"ragged grouped gradient {name}"] = Call(
             functools.partial(gradients_of_groups, tile=tile), grouped_gradient
         )
+        clustered[f"ragged gradient with squares {name}"] = Call(
+            functools.partial(dense.fp8_matmul_with_squares, tile=tile), gradient
+        )
     return clustered | {
         "ragged": Call(dense.fp8_matmul, product),
         "ragged, few rows": Call(dense.fp8_matmul, (rows(7, 1551), blocks(581, 1551))),
@@ -136,6 +139,10 @@ def ragged_calls() -> dict[str, Call]:
         "ragged gradient in waves": Call(functools.partial(gradient_of, tile=gradient_in_waves), gradient),
         "ragged grouped": Call(multiply_groups, grouped_product),
         "ragged grouped gradient": Call(gradients_of_groups, grouped_gradient),
+        "ragged gradient with squares": Call(dense.fp8_matmul_with_squares, gradient),
+        "ragged grouped gradient with squares": Call(
+            functools.partial(grouped.grouped_fp8_weight_gradient_with_squares, alignment=256), grouped_gradient
+        ),
     }
 
 

@@ -187,6 +187,25 @@ def test_contractions_in_parts_in_the_interpreter_without_races(interpreter, mon
     assert_rounded_once(actual, reference.fp8_matmul(a, b, out_dtype=jnp.float32))
 
 
+@pytest.mark.parametrize("tile", [FENCED_FLOAT32, IN_WAVES_AND_CLUSTERS])
+def test_squares_add_up_in_the_interpreter_without_races(interpreter, tile):
+    """Of partial tiles, of several tiles of one thread block, of blocks without one, and of groups without rows."""
+    a, b = dense_operands(331, 300, 270, b_tile="row")
+    assert_squares_of(dense.fp8_matmul_with_squares(a, b, tile=tile), reference.fp8_matmul(a, b, out_dtype=jnp.float32))
+    drawn = grouped_operands((130, 0, 5), 190, 250)
+    operands = (drawn.columns, drawn.dy_columns, drawn.sizes_E)
+    actual = grouped.grouped_fp8_weight_gradient_with_squares(*operands, alignment=128, tile=tile)
+    expected = grouped_reference.grouped_fp8_weight_gradient(*operands, alignment=128, out_dtype=jnp.float32)
+    assert_squares_of(actual, expected)
+
+
+def assert_squares_of(actual: tuple[jax.Array, jax.Array], expected: jax.Array) -> None:
+    """Asserts that values are near the expected ones, and the sum of their squares theirs, added in any order."""
+    values, squares = actual
+    assert_rounded_once(values, expected)
+    np.testing.assert_allclose(squares, np.sum(np.square(np.asarray(values, np.float64))), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("tile", "words"),
     [
@@ -217,6 +236,22 @@ def test_clusters_that_cannot_share_the_rows_are_refused(tile, words):
 def test_dense_kernels_on_hopper(shape, b_tile, out_dtype, spread):
     a, b = dense_operands(*shape, b_tile=b_tile, spread=spread)
     assert_product(dense.fp8_matmul(a, b, out_dtype=out_dtype), widen(a), widen(b), out_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(33, 37, 7), (129, 2116, 7184), (4096, 2112, 7168)])
+def test_squares_of_dense_kernels_add_up_on_hopper(shape):
+    a, b = dense_operands(*shape, b_tile="row")
+    assert_squares_of(dense.fp8_matmul_with_squares(a, b), dense.fp8_matmul(a, b, out_dtype=jnp.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(130, 0, 5, 1000), (1,) * 32, (0, 0)])
+def test_squares_of_grouped_kernels_add_up_on_hopper(sizes):
+    drawn = grouped_operands(sizes, 576, 720)
+    operands = (drawn.columns, drawn.dy_columns, drawn.sizes_E)
+    actual = grouped.grouped_fp8_weight_gradient_with_squares(*operands, alignment=128)
+    assert_squares_of(actual, grouped.grouped_fp8_weight_gradient(*operands, alignment=128))
 
 
 @pytest.mark.gpu

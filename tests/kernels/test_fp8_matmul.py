@@ -42,6 +42,13 @@ def test_product_equals_the_dequantized_one(shape, tile):
     assert np.all(np.abs(np.asarray(y, np.float64) - expected) <= 2.0**-8 * np.abs(expected) + slack)
 
 
+def test_squares_are_those_of_the_product():
+    a, b = formats.quantize_rows(draw((17, 200))), formats.quantize_rows(draw((96, 200), seed=1))
+    y, squares = op.fp8_matmul_with_squares(a, b)
+    np.testing.assert_array_equal(y, op.fp8_matmul(a, b, out_dtype=jnp.float32))
+    np.testing.assert_allclose(squares, np.sum(np.square(product_of_values(a, b))), rtol=1e-6)
+
+
 @pytest.mark.parametrize("tile", QUANTIZERS)
 def test_error_is_what_the_format_implies(tile):
     x, w = draw((32, 512)), draw((64, 512), seed=1)

@@ -68,6 +68,14 @@ def test_result_is_rounded_once():
     np.testing.assert_array_equal(gradient(out_dtype=jnp.bfloat16), gradient().astype(jnp.bfloat16))
 
 
+def test_squares_are_those_of_all_groups():
+    x, dy, _, group_sizes, _ = make_operands((130, 0, 5, 0))
+    operands = formats.quantize_columns(dy), formats.quantize_columns(x), group_sizes
+    dw, squares = op.grouped_fp8_weight_gradient_with_squares(*operands, alignment=128)
+    np.testing.assert_array_equal(dw, op.grouped_fp8_weight_gradient(*operands, alignment=128))
+    np.testing.assert_allclose(squares, np.sum(np.square(np.asarray(dw, np.float64))), rtol=1e-6)
+
+
 def test_outliers_and_nan_stay_in_their_group():
     x, dy, w, group_sizes, starts = make_operands((130, 20, 5, 0))
     x[starts[1] + 3, 7], x[starts[2], 9] = 1e4, np.nan

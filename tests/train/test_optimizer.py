@@ -99,7 +99,8 @@ def test_bf16_moments_refuse_decays_that_would_stall():
 
 def test_global_norm_clips_without_the_correction_bias():
     grads = {"kernel": jnp.full((4,), 3.0, jnp.bfloat16), "e_score_correction_bias": jnp.full((9,), 100.0)}
-    norm = global_norm(grads)
+    norm = global_norm(grads, dict.fromkeys(grads))
     assert float(norm) == 6.0
     assert float(clip_factor(norm, clip_norm=1.5)) == 0.25
     assert float(clip_factor(norm, clip_norm=7.0)) == 1.0
+    assert float(global_norm(grads, {"kernel": jnp.float32(49), "e_score_correction_bias": None})) == 7.0

@@ -36,15 +36,35 @@ def fp8_matmul(
       ValueError: an unknown implementation, operands that do not fit together, or that the named implementation does
         not support.
     """
-    require_quantized(a, "a", tiles=("row",), ndim=2)
-    require_quantized(b, "b", ndim=2)
-    require_same_contraction(a, b)
+    _require_operands(a, b)
     require_out_dtype(out_dtype)
     if not dispatch.runs_pallas(implementation, empty_problem(a, b)):
         return reference.fp8_matmul(a, b, out_dtype=out_dtype)
     from dsv3_jax.kernels.fp8_matmul import pallas_gpu  # loads Mosaic: seconds that a CPU process can save
 
     return pallas_gpu.fp8_matmul(a, b, out_dtype=out_dtype)
+
+
+def fp8_matmul_with_squares(
+    a: QuantizedArray, b: QuantizedArray, *, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the product of `fp8_matmul` in float32, and the sum of the squares of all of it.
+
+    The kernel adds up squares of what it holds in registers: for the norm of a gradient nothing is read again.
+    """
+    _require_operands(a, b)
+    if not dispatch.runs_pallas(implementation, empty_problem(a, b)):
+        y_RC = reference.fp8_matmul(a, b, out_dtype=jnp.float32)
+        return y_RC, jnp.sum(jnp.square(y_RC))
+    from dsv3_jax.kernels.fp8_matmul import pallas_gpu
+
+    return pallas_gpu.fp8_matmul_with_squares(a, b)
+
+
+def _require_operands(a: QuantizedArray, b: QuantizedArray) -> None:
+    require_quantized(a, "a", tiles=("row",), ndim=2)
+    require_quantized(b, "b", ndim=2)
+    require_same_contraction(a, b)
 
 
 def require_same_contraction(a: QuantizedArray, b: QuantizedArray) -> None:

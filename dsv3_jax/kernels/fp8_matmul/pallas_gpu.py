@@ -29,21 +29,35 @@ def fp8_matmul(
     Args:
       tile: shape of the work of one thread block, and thereby which kernel runs; None takes the tuned one.
     """
-    (num_rows, contraction), num_columns = a.codes.shape, b.codes.shape[0]
     if tile is None:
-        has_few_rows = num_rows <= MAX_ROWS and b.tile == "block"
+        has_few_rows = len(a.codes) <= MAX_ROWS and b.tile == "block"
         tile = tuned.few_rows(*b.codes.shape) if has_few_rows else tuned.fp8_matmul(out_dtype)
-    out_type = jax.ShapeDtypeStruct((num_rows, num_columns), out_dtype)
     if isinstance(tile, tuned.FewRowsTile):
+        out_type = jax.ShapeDtypeStruct((len(a.codes), len(b.codes)), out_dtype)
         return few_rows_matmul(a, b, out_type=out_type, tile=tile)
+    return _multiply(a, b, out_dtype, tile, with_squares=False)[0]
+
+
+def fp8_matmul_with_squares(
+    a: QuantizedArray, b: QuantizedArray, *, tile: tuned.Tile | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the product of `fp8_matmul` in float32, and the sum of the squares of all of it."""
+    if tile is None:
+        tile = tuned.fp8_matmul(jnp.float32)
+    return _multiply(a, b, jnp.float32, tile, with_squares=True)
+
+
+def _multiply(
+    a: QuantizedArray, b: QuantizedArray, out_dtype: Any, tile: tuned.Tile, *, with_squares: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    (num_rows, contraction), num_columns = a.codes.shape, b.codes.shape[0]
     row_tiles, column_tiles = pl.cdiv(num_rows, tile.rows), pl.cdiv(num_columns, tile.cluster_columns)
     whole_rows = num_rows // tile.rows if tile.partial_last else row_tiles
     num_work, whole_work = row_tiles * column_tiles, whole_rows * column_tiles
     steps = num_tiles(contraction)
     parts = num_parts(num_work, steps, tile) if jnp.dtype(out_dtype) == jnp.float32 else 1
     steps_of_part = pl.cdiv(steps, parts)
-    if parts > 1:
-        out_type = jax.ShapeDtypeStruct((parts, num_rows, num_columns), out_dtype)
+    out_shape = (parts, num_rows, num_columns) if parts > 1 else (num_rows, num_columns)
 
     def work_at(_, index):
         part, first_step, num_steps = 0, 0, steps
@@ -57,8 +71,19 @@ def fp8_matmul(
             row, column = jnp.where(is_whole, row, whole_rows), jnp.where(is_whole, column, index - whole_work)
         return Work(part, row * tile.rows, num_rows, column * tile.cluster_columns, first_step, num_steps)
 
-    out = scaled_matmul(a, b, out_type=out_type, tile=tile, num_work=lambda _: parts * num_work, work_at=work_at)
-    return out.sum(axis=0) if parts > 1 else out
+    out, squares = scaled_matmul(
+        a,
+        b,
+        out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
+        tile=tile,
+        num_work=lambda _: parts * num_work,
+        work_at=work_at,
+        with_squares=with_squares and parts == 1,
+    )
+    if parts > 1:
+        out = out.sum(axis=0)
+        squares = jnp.sum(jnp.square(out)) if with_squares else None
+    return out, squares
 
 
 def num_parts(num_work: int, steps: int, tile: tuned.Tile) -> int:

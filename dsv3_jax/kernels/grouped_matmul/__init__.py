@@ -11,12 +11,17 @@ import jax.numpy as jnp
 
 from dsv3_jax.kernels import dispatch
 from dsv3_jax.kernels.grouped_matmul import reference, tuned
-from dsv3_jax.kernels.grouped_matmul.fp8 import grouped_fp8_matmul, grouped_fp8_weight_gradient
+from dsv3_jax.kernels.grouped_matmul.fp8 import (
+    grouped_fp8_matmul,
+    grouped_fp8_weight_gradient,
+    grouped_fp8_weight_gradient_with_squares,
+)
 
 __all__ = [
     "group_starts",
     "grouped_fp8_matmul",
     "grouped_fp8_weight_gradient",
+    "grouped_fp8_weight_gradient_with_squares",
     "grouped_matmul",
     "grouped_matmul_gradients",
     "padded_rows",

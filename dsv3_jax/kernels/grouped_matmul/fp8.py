@@ -76,16 +76,42 @@ def grouped_fp8_weight_gradient(
     Raises:
       ValueError: as in `grouped_fp8_matmul`.
     """
-    require_quantized(a, "a", tiles=("row",), ndim=2)
-    require_quantized(b, "b", tiles=("row",), ndim=2)
-    fp8_matmul.require_same_contraction(a, b)
+    _require_columns(a, b, group_sizes_E, alignment)
     fp8_matmul.require_out_dtype(out_dtype)
-    _require_groups(group_sizes_E, alignment, num_rows=a.codes.shape[1])
     if not dispatch.runs_pallas(implementation, fp8_matmul.empty_problem(a, b)):
         return reference_fp8.grouped_fp8_weight_gradient(a, b, group_sizes_E, alignment=alignment, out_dtype=out_dtype)
     from dsv3_jax.kernels.grouped_matmul import pallas_gpu_fp8  # loads Mosaic: seconds that a CPU process can save
 
     return pallas_gpu_fp8.grouped_fp8_weight_gradient(a, b, group_sizes_E, alignment=alignment, out_dtype=out_dtype)
+
+
+def grouped_fp8_weight_gradient_with_squares(
+    a: QuantizedArray,
+    b: QuantizedArray,
+    group_sizes_E: jax.Array,
+    *,
+    alignment: int,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what `grouped_fp8_weight_gradient` does in float32, and the sum of the squares of all of it.
+
+    See `fp8_matmul.fp8_matmul_with_squares`.
+    """
+    _require_columns(a, b, group_sizes_E, alignment)
+    if not dispatch.runs_pallas(implementation, fp8_matmul.empty_problem(a, b)):
+        settings = {"alignment": alignment, "out_dtype": jnp.float32}
+        dw_EXY = reference_fp8.grouped_fp8_weight_gradient(a, b, group_sizes_E, **settings)
+        return dw_EXY, jnp.sum(jnp.square(dw_EXY))
+    from dsv3_jax.kernels.grouped_matmul import pallas_gpu_fp8
+
+    return pallas_gpu_fp8.grouped_fp8_weight_gradient_with_squares(a, b, group_sizes_E, alignment=alignment)
+
+
+def _require_columns(a: QuantizedArray, b: QuantizedArray, group_sizes_E: jax.Array, alignment: int) -> None:
+    require_quantized(a, "a", tiles=("row",), ndim=2)
+    require_quantized(b, "b", tiles=("row",), ndim=2)
+    fp8_matmul.require_same_contraction(a, b)
+    _require_groups(group_sizes_E, alignment, num_rows=a.codes.shape[1])
 
 
 def _require_groups(group_sizes_E: jax.Array, alignment: int, *, num_rows: int) -> None:

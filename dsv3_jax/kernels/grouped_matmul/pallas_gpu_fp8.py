@@ -61,7 +61,7 @@ def grouped_fp8_matmul(
         tile=tile,
         num_work=lambda table_refs: table_refs[3][0] * column_tiles,
         work_at=work_at,
-    )
+    )[0]
 
 
 def grouped_fp8_weight_gradient(
@@ -80,6 +80,28 @@ def grouped_fp8_weight_gradient(
     """
     if tile is None:
         tile = tuned_fp8.weight_gradient(out_dtype)
+    return _weight_gradient(a, b, group_sizes_E, alignment, out_dtype, tile, with_squares=False)[0]
+
+
+def grouped_fp8_weight_gradient_with_squares(
+    a: QuantizedArray, b: QuantizedArray, group_sizes_E: jax.Array, *, alignment: int, tile: Tile | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what `grouped_fp8_weight_gradient` does in float32, and the sum of the squares of all of it."""
+    if tile is None:
+        tile = tuned_fp8.weight_gradient(jnp.float32)
+    return _weight_gradient(a, b, group_sizes_E, alignment, jnp.float32, tile, with_squares=True)
+
+
+def _weight_gradient(
+    a: QuantizedArray,
+    b: QuantizedArray,
+    group_sizes_E: jax.Array,
+    alignment: int,
+    out_dtype: Any,
+    tile: Tile,
+    *,
+    with_squares: bool,
+) -> tuple[jax.Array, jax.Array | None]:
     rows, columns = a.codes.shape[0], b.codes.shape[0]
     (num_groups,) = group_sizes_E.shape
     row_tiles, column_tiles = pl.cdiv(rows, tile.rows), pl.cdiv(columns, tile.cluster_columns)
@@ -103,6 +125,7 @@ def grouped_fp8_weight_gradient(
         tile=tile,
         num_work=lambda _: num_groups * row_tiles * column_tiles,
         work_at=work_at,
+        with_squares=with_squares,
     )
 
 
