@@ -248,26 +248,27 @@ def key_value_gradients(
                 b, h, block = tile
                 plgpu.barrier_wait(k_full)
 
-                def differentiate_block(_, carry, *, is_causal, is_cut):
-                    slot, weights_slot, acc = carry
+                def multiply_keys(slot, meanwhile):
                     plgpu.barrier_wait(q_full.at[slot])
 
                     def multiply(acc_ref):
                         plgpu.wgmma(acc_ref, k_smem, q_smem.at[slot, :, parts.own_columns].T)
                         plgpu.wgmma(acc_ref, k_rope_smem, q_smem.at[slot, :, parts.rope_columns].T)
-                        return acc_ref[...]
+                        done = meanwhile()
+                        return acc_ref[...], done
 
-                    scores = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+                    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+                def add_block(step, slot, weights_slot, scores, acc, *, is_causal, is_cut):
                     column_lse = plgpu.layout_cast(lse_smem[slot], COLUMN_VECTOR)
                     weights = jnp.exp2(scores * (scale * LOG2_E) - lax.broadcast_in_dim(column_lse, shape, [1]))
+                    keys = blocks.row_ids(shape, block * ROWS)
                     if is_causal:
-                        weights = jnp.where(blocks.row_ids(shape, 0) <= blocks.column_ids(shape, 0), weights, 0.0)
+                        queries = blocks.column_ids(shape, step * GRADIENT_BLOCK)
+                        weights = jnp.where(keys <= queries, weights, 0.0)
                     if is_cut:
                         column_first_key = plgpu.layout_cast(first_key_smem[slot], COLUMN_VECTOR)
-                        is_own = blocks.row_ids(shape, block * ROWS) >= lax.broadcast_in_dim(
-                            column_first_key, shape, [1]
-                        )
-                        weights = jnp.where(is_own, weights, 0.0)
+                        weights = jnp.where(keys >= lax.broadcast_in_dim(column_first_key, shape, [1]), weights, 0.0)
                     weights = weights.astype(dtype)
                     plgpu.barrier_wait(weights_free.at[weights_slot])
                     weights_smem[weights_slot] = weights
@@ -277,22 +278,34 @@ def key_value_gradients(
                     plgpu.barrier_wait(dout_full.at[slot])
                     acc = blocks.accumulate(acc, lambda acc_ref: plgpu.wgmma(acc_ref, weights, dout_smem.at[slot]))
                     plgpu.barrier_arrive(dout_free.at[slot])
-                    return blocks.next_slot(slot, stages), 1 - weights_slot, acc
+                    return acc
 
-                carry = (*carry, blocks.zeros((ROWS, parts.value)))
-                carry = differentiate_block(block, carry, is_causal=True, is_cut=has_segments)
-                end_of_whole = whole_block[b, block] if has_segments else num_blocks
+                def differentiate_block(step, carry, *, is_causal, is_cut):
+                    next_slot = blocks.next_slot(carry[0], stages)
+                    add = functools.partial(add_block, step, *carry, is_causal=is_causal, is_cut=is_cut)
+                    next_scores, acc = multiply_keys(next_slot, add)  # the tensor cores are at work during the softmax
+                    return next_slot, 1 - carry[1], next_scores, acc
+
+                slot, weights_slot = carry
+                scores, _ = multiply_keys(slot, lambda: None)
+                carry = (slot, weights_slot, scores, blocks.zeros((ROWS, parts.value)))
+                last_block = end_of_queries(b, block) - 1
+                first_whole = jnp.minimum(block + 1, last_block)
+                end_of_whole = jnp.minimum(whole_block[b, block], last_block) if has_segments else last_block
+                differentiate_causal_block = functools.partial(differentiate_block, is_causal=True, is_cut=has_segments)
+                carry = lax.fori_loop(block, first_whole, differentiate_causal_block, carry)
                 differentiate_whole_block = functools.partial(differentiate_block, is_causal=False, is_cut=False)
-                carry = lax.fori_loop(block + 1, end_of_whole, differentiate_whole_block, carry)
+                carry = lax.fori_loop(first_whole, end_of_whole, differentiate_whole_block, carry)
                 if has_segments:
                     differentiate_cut_block = functools.partial(differentiate_block, is_causal=False, is_cut=True)
-                    carry = lax.fori_loop(end_of_whole, edge_block[b, block], differentiate_cut_block, carry)
+                    carry = lax.fori_loop(end_of_whole, last_block, differentiate_cut_block, carry)
                 plgpu.barrier_arrive(k_free)
+                acc = add_block(last_block, *carry, is_causal=True, is_cut=has_segments)  # it may be the first one too
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                dv_smem[...] = carry[2].astype(dtype)
+                dv_smem[...] = acc.astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(dv_smem, dkv.at[b, pl.ds(block * ROWS, ROWS), h, parts.value_columns])
-                return carry[:2]
+                return blocks.next_slot(carry[0], stages), 1 - carry[1]
 
             _, weights_slot = tiles.for_each(differentiate_tile, (jnp.int32(0), jnp.int32(0)))
             plgpu.wait_smem_to_gmem(0)
