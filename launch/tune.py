@@ -20,7 +20,9 @@ OPERATIONS = (
 )  # fmt: skip
 OPERATION = flags.DEFINE_enum("operation", None, OPERATIONS, "what is measured; FP8 unless it says BF16", required=True)
 TILES = flags.DEFINE_multi_string("tile", [], "fields to change in the operation's tile, NAME=INTEGER,...; repeatable")
-MODES = flags.DEFINE_multi_enum("mode", ["burst"], ["burst", "steady"], "how it is timed; repeatable, the first ranks")
+MODES = flags.DEFINE_multi_enum(
+    "mode", ["burst"], ["single", "burst", "steady"], "how it is timed; repeatable, the first ranks"
+)
 CASES = flags.DEFINE_string("cases", "", "only sizes whose names contain this")
 JSON = flags.DEFINE_string("json", None, "file that gets the results with the hardware and the versions")
 TUNED = "tuned"

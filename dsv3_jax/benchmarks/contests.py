@@ -12,11 +12,12 @@ import jax.numpy as jnp
 
 from dsv3_jax.benchmarks.replays import Operation, Program, compile_all, copies, sets_and_rounds, torch_contender
 from dsv3_jax.benchmarks.report import Row
-from dsv3_jax.benchmarks.timing import burst_medians, steady_medians
+from dsv3_jax.benchmarks.timing import burst_medians, single_medians, steady_medians
 
 FP8_PEAK, BF16_PEAK = 1979e12, 989e12  # dense FLOP/s of an H100 SXM or H200 (data sheet)
 MEMORY_RATE = 4.8e12  # bytes/s of an H200 (data sheet)
-MODES = {"burst": burst_medians, "steady": steady_medians}
+SINGLE = "single"
+MODES = {SINGLE: single_medians, "burst": burst_medians, "steady": steady_medians}
 GEOMETRIC_MEAN = "geometric mean"
 
 
@@ -72,7 +73,7 @@ def hold(contests: list[Contest], *, against: str, with_torch: bool, modes: tupl
       contests: held one after the other; programs are compiled beforehand.
       against: entrant whose time is divided by the others'.
       with_torch: lets torch's entrants take part.
-      modes: of "burst" and "steady", see `timing`.
+      modes: of "single", "burst" and "steady", see `timing`.
     """
     makers = {}
     for contest in contests:
@@ -110,22 +111,25 @@ def _hold(contest: Contest, programs: dict[str, Program], *, against: str, with_
     drawn = jax.jit(contest.draw)()
     num_sets, rounds = contest.sets_and_rounds
     sets = {name: copies(operands, count=num_sets) for name, operands in drawn.items()}
-    contenders, errors = {}, {}
+    contenders, calls, errors = {}, {}, {}
     for entrant in contest.entrants:
         if entrant.is_torch and not with_torch:
             continue
         own_sets = sets[entrant.operands]
         if entrant.is_torch:
-            contender = torch_contender([entrant.operation(*operands) for operands in own_sets], rounds=rounds)
+            operations = [entrant.operation(*operands) for operands in own_sets]
+            contender, call = torch_contender(operations, rounds=rounds), operations[0]
         else:
             contender = programs[entrant.name].contender(own_sets)
+            call = functools.partial(jax.jit(entrant.operation), *own_sets[0])
         contenders[entrant.name] = contender
+        calls[entrant.name] = lambda call=call, wait=contender.wait: wait(call())
         results = contender.start()
         contender.wait(results)
         if contest.exact_and_actual is not None:
             result = jax.dlpack.from_dlpack(results[0]) if entrant.is_torch else results[0]
             errors[entrant.name] = float(_relative_error(*contest.exact_and_actual(drawn[entrant.operands], result)))
-    seconds = {mode: MODES[mode](contenders) for mode in modes}
+    seconds = {mode: MODES[mode](calls if mode == SINGLE else contenders) for mode in modes}
     rows = []
     for name in contenders:
         row = {"case": contest.case, "implementation": name}

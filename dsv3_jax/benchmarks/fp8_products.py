@@ -33,7 +33,7 @@ TORCH_FP8, TORCH_BF16 = "torch FP8", "torch BF16"
 def product_rows(*, with_torch: bool) -> list[Row]:
     """Times 1x128-scaled activations times 128x128-scaled weights, BF16 result: outputs and input gradients."""
     contests = [dense_contest(*shape, weights=True) for shape in DENSE_SHAPES]
-    return hold(contests, against=TORCH_FP8, with_torch=with_torch, modes=("burst", "steady"))
+    return hold(contests, against=TORCH_FP8, with_torch=with_torch, modes=("single", "burst", "steady"))
 
 
 def decode_rows(*, with_torch: bool) -> list[Row]:
@@ -47,7 +47,7 @@ def weight_gradient_rows(*, with_torch: bool) -> list[Row]:
     contests = [
         dense_contest(columns, contraction, tokens, weights=False) for tokens, columns, contraction in DENSE_SHAPES
     ]
-    return hold(contests, against=TORCH_FP8, with_torch=with_torch, modes=("burst", "steady"))
+    return hold(contests, against=TORCH_FP8, with_torch=with_torch, modes=("single", "burst", "steady"))
 
 
 def grouped_rows(*, with_torch: bool) -> list[Row]:
@@ -58,7 +58,7 @@ def grouped_rows(*, with_torch: bool) -> list[Row]:
         for groups in GROUPS
         for shape in GROUPED_SHAPES
     ]
-    return hold(contests, against=TORCH_BF16, with_torch=with_torch, modes=("burst", "steady"))
+    return hold(contests, against=TORCH_BF16, with_torch=with_torch, modes=("single", "burst", "steady"))
 
 
 def dense_contest(rows: int, columns: int, contraction: int, *, weights: bool) -> Contest:

@@ -1,14 +1,23 @@
 """Times implementations against each other, call by call, so that clocks and heat are the same for all.
 
-Two ways, which are 10-20% apart on a GPU; numbers of one must not be compared with numbers of the other. In bursts the
-card is rested and runs near its highest clock. Steadily it is hot and at its power limit, as in training.
+Three ways, which are 10-20% apart on a GPU; numbers of one must not be compared with numbers of another. A single call
+finds a rested card with an empty cache, which runs at its highest clock; only its kernels count, as a trace shows them.
+In bursts of some milliseconds the card slows down a little. Steadily it is hot and at its power limit, as in training.
 """
 
 import dataclasses
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.benchmarks import traces
+
+FLUSHED_BYTES = 2**28  # written before a single call: several times the card's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +27,47 @@ class Contender:
     start: Callable[[], Any]
     wait: Callable[[Any], Any]
     operations: int = 1  # how often one start does what is measured
+
+
+def single_medians(
+    calls: dict[str, Callable[[], Any]], *, rest_s: float = 1.5e-3, repeats: int = 15
+) -> dict[str, float]:
+    """Returns the median seconds that a GPU computes for one call of each, alone after a rest, the cache flushed.
+
+    Args:
+      calls: name -> function that starts one operation and waits for it; each is compiled and warmed first.
+      rest_s: rest before a call, seconds.
+      repeats: calls of each, in turn.
+    """
+    flush = jax.jit(jnp.sin, donate_argnums=0)
+    flushed = flush(jnp.zeros(FLUSHED_BYTES // 4))
+    for call in calls.values():
+        call()
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory, create_perfetto_trace=True):
+            for _ in range(repeats):
+                for call in calls.values():
+                    flushed = jax.block_until_ready(flush(flushed))
+                    time.sleep(rest_s)
+                    call()
+        kernels = traces.read_kernels(directory)
+    seconds = seconds_after(kernels, "sine")
+    if len(seconds) != repeats * len(calls):
+        raise ValueError(
+            f"the trace shows {len(seconds)} of {repeats * len(calls)} calls: {sorted({k.name for k in kernels})}"
+        )
+    return {name: statistics.median(seconds[i :: len(calls)]) for i, name in enumerate(calls)}
+
+
+def seconds_after(kernels: Sequence[traces.Kernel], mark: str) -> list[float]:
+    """Returns for every kernel with the mark in its name how long those until the next one compute, in seconds."""
+    seconds = []
+    for kernel in kernels:
+        if mark in kernel.name:
+            seconds.append(0.0)
+        elif seconds:
+            seconds[-1] += kernel.end_s - kernel.start_s
+    return seconds
 
 
 def burst_medians(

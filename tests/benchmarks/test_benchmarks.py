@@ -7,7 +7,8 @@ import pytest
 
 from dsv3_jax.benchmarks import report, whole_steps
 from dsv3_jax.benchmarks.networks import SLICE, SMALL, WORKLOADS
-from dsv3_jax.benchmarks.timing import Contender, burst_medians, steady_medians
+from dsv3_jax.benchmarks.timing import Contender, burst_medians, seconds_after, steady_medians
+from dsv3_jax.benchmarks.traces import Kernel
 from dsv3_jax.model import count_params
 
 
@@ -22,6 +23,13 @@ def test_a_burst_leaves_out_what_waiting_costs():
     assert 7e-3 < seconds["slow"] < 14e-3
     assert 7e-3 < seconds["slow to finish"] < 14e-3
     assert 3.5e-3 < seconds["two"] < 7e-3
+
+
+def test_a_single_call_takes_what_its_kernels_compute():
+    spans = [("earlier", 0, 9), ("flush_sine", 9, 10), ("first", 20, 23), ("second", 30, 34), ("flush_sine", 35, 36),
+             ("flush_sine", 40, 41), ("first", 50, 55)]  # fmt: skip
+    kernels = [Kernel("GPU", "Stream", name, "", float(start), float(end)) for name, start, end in spans]
+    assert seconds_after(kernels, "sine") == [7.0, 0.0, 5.0]
 
 
 def test_steady_times_start_after_heating():
