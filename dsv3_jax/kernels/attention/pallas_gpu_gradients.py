@@ -212,12 +212,6 @@ def key_value_gradients(
 
             def load_tile(tile, slot):
                 b, h, block = tile
-                keys = pl.ds(block * ROWS, ROWS)
-                plgpu.barrier_wait(k_free)
-                plgpu.copy_gmem_to_smem(kv.at[b, keys, h, parts.own_columns], k_smem, k_full)
-                plgpu.copy_gmem_to_smem(k_rope.at[b, keys], k_rope_smem, k_full)
-                plgpu.barrier_wait(v_free)
-                plgpu.copy_gmem_to_smem(kv.at[b, keys, h, parts.value_columns], v_smem, v_full)
 
                 def load_step(step, slot):
                     queries = pl.ds(step * GRADIENT_BLOCK, GRADIENT_BLOCK)
@@ -231,7 +225,14 @@ def key_value_gradients(
                     plgpu.copy_gmem_to_smem(delta.at[b, h, queries], delta_smem.at[slot], dout_full.at[slot])
                     return blocks.next_slot(slot, stages)
 
-                return lax.fori_loop(block, end_of_queries(b, block), load_step, slot)
+                slot = load_step(block, slot)  # before keys and values, whose buffers the last tile may still need
+                keys = pl.ds(block * ROWS, ROWS)
+                plgpu.barrier_wait(k_free)
+                plgpu.copy_gmem_to_smem(kv.at[b, keys, h, parts.own_columns], k_smem, k_full)
+                plgpu.copy_gmem_to_smem(k_rope.at[b, keys], k_rope_smem, k_full)
+                plgpu.barrier_wait(v_free)
+                plgpu.copy_gmem_to_smem(kv.at[b, keys, h, parts.value_columns], v_smem, v_full)
+                return lax.fori_loop(block + 1, end_of_queries(b, block), load_step, slot)
 
             slot = tiles.for_each(load_tile, jnp.int32(0))
             blocks.drain(slot, q_free, dout_free, stages=stages)
@@ -367,17 +368,16 @@ def key_value_gradients(
                 carry = (slot, weights_slot, dweights, blocks.zeros((ROWS, width)))
                 last_block = end_of_queries(b, block) - 1
                 slot, weights_slot, dweights, acc = lax.fori_loop(block, last_block, differentiate_block, carry)
-                acc = multiply_queries(slot, differentiate_scores(slot, weights_slot, dweights), acc)
-                carry = (blocks.next_slot(slot, stages), 1 - weights_slot, acc)
                 plgpu.barrier_arrive(v_free)
+                acc = multiply_queries(slot, differentiate_scores(slot, weights_slot, dweights), acc)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                dk = (carry[2] * scale).astype(dtype)
+                dk = (acc * scale).astype(dtype)
                 dk_smem[...], dk_rope_smem[...] = dk[:, parts.own_columns], dk[:, parts.rope_columns]
                 plgpu.commit_smem()
                 rows = pl.ds(block * ROWS, ROWS)
                 plgpu.copy_smem_to_gmem(dk_smem, dkv.at[b, rows, h, parts.own_columns])
                 plgpu.copy_smem_to_gmem(dk_rope_smem, dk_rope.at[b, rows, h])
-                return carry[:2]
+                return blocks.next_slot(slot, stages), 1 - weights_slot
 
             tiles.for_each(differentiate_tile, (jnp.int32(0), jnp.int32(0)))
             plgpu.wait_smem_to_gmem(0)
