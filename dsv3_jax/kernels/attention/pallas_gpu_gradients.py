@@ -335,7 +335,7 @@ def key_value_gradients(
 
                     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
-                def differentiate_scores(slot, weights_slot, dweights):
+                def add_block(slot, weights_slot, dweights, acc):
                     column_delta = plgpu.layout_cast(delta_smem[slot], COLUMN_VECTOR)
                     dweights = dweights - lax.broadcast_in_dim(column_delta, shape, [1])
                     plgpu.barrier_wait(weights_full.at[weights_slot])
@@ -344,32 +344,22 @@ def key_value_gradients(
                     plgpu.commit_smem()  # orders the read of delta before its refill
                     plgpu.barrier_arrive(weights_free.at[weights_slot])
                     plgpu.barrier_arrive(dout_free.at[slot])
-                    return dscores
-
-                def multiply_queries(slot, dscores, acc):
                     plgpu.barrier_wait(q_full.at[slot])
                     acc = blocks.accumulate(acc, lambda acc_ref: plgpu.wgmma(acc_ref, dscores, q_smem.at[slot]))
                     plgpu.barrier_arrive(q_free.at[slot])
                     return acc
 
                 def differentiate_block(_, carry):
-                    slot, weights_slot, dweights, acc = carry
-                    differentiate = functools.partial(differentiate_scores, slot, weights_slot, dweights)
-                    next_dweights, dscores = multiply_values(blocks.next_slot(slot, stages), differentiate)
-                    return (
-                        blocks.next_slot(slot, stages),
-                        1 - weights_slot,
-                        next_dweights,
-                        multiply_queries(slot, dscores, acc),
-                    )
+                    next_slot = blocks.next_slot(carry[0], stages)
+                    next_dweights, acc = multiply_values(next_slot, functools.partial(add_block, *carry))
+                    return next_slot, 1 - carry[1], next_dweights, acc
 
                 slot, weights_slot = carry
                 dweights, _ = multiply_values(slot, lambda: None)
                 carry = (slot, weights_slot, dweights, blocks.zeros((ROWS, width)))
-                last_block = end_of_queries(b, block) - 1
-                slot, weights_slot, dweights, acc = lax.fori_loop(block, last_block, differentiate_block, carry)
+                carry = lax.fori_loop(block, end_of_queries(b, block) - 1, differentiate_block, carry)
                 plgpu.barrier_arrive(v_free)
-                acc = multiply_queries(slot, differentiate_scores(slot, weights_slot, dweights), acc)
+                acc = add_block(*carry)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 dk = (acc * scale).astype(dtype)
                 dk_smem[...], dk_rope_smem[...] = dk[:, parts.own_columns], dk[:, parts.rope_columns]
@@ -377,7 +367,7 @@ def key_value_gradients(
                 rows = pl.ds(block * ROWS, ROWS)
                 plgpu.copy_smem_to_gmem(dk_smem, dkv.at[b, rows, h, parts.own_columns])
                 plgpu.copy_smem_to_gmem(dk_rope_smem, dk_rope.at[b, rows, h])
-                return blocks.next_slot(slot, stages), 1 - weights_slot
+                return blocks.next_slot(carry[0], stages), 1 - carry[1]
 
             tiles.for_each(differentiate_tile, (jnp.int32(0), jnp.int32(0)))
             plgpu.wait_smem_to_gmem(0)
