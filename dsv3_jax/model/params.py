@@ -161,18 +161,19 @@ def with_masters(params: dict, masters: dict) -> dict:
     return jax.tree.map(attach, params, masters, is_leaf=_is_leaf)
 
 
-def square_slots(params: dict, is_final: dict) -> dict:
-    """Returns in the place of FP8 weights zeros, one per layer, whose gradient is the gradient's sum of squares.
+def square_slots(params: dict) -> dict:
+    """Returns zeros whose gradients are sums of squares of the gradients of FP8 weights, which lie in stacks.
 
-    Args:
-      params: prepared; every FP8 weight is that of a stack of layers.
-      is_final: bool for every leaf; what is False, or no FP8 weight, has None in its place.
+    They are one per layer, float32, in the place of the weight; other parameters have None.
+
+    They tell nothing of a gradient that is added to others: where the layers' gradients are not yet those of a whole
+    batch, or a weight is multiplied more than once.
     """
 
-    def slot(value, is_final):
-        return jnp.zeros(len(value.backward.codes), jnp.float32) if is_fp8(value) and is_final else None
+    def slot(value):
+        return jnp.zeros(len(value.backward.codes), jnp.float32) if is_fp8(value) else None
 
-    return jax.tree.map(slot, params, is_final, is_leaf=_is_leaf)
+    return jax.tree.map(slot, params, is_leaf=_is_leaf)
 
 
 def with_squares(params: dict, squares: dict) -> dict:

@@ -35,10 +35,6 @@ class Split:
         used = {axis for axes in self.master for axis in axis_names(axes)}
         return tuple(axis for axis in AXES if axis not in used)
 
-    def is_unshared(self) -> bool:
-        """Tells whether each device alone computes with its part: the gradient that it finds is the sum over all."""
-        return not self.further() and size(self.copies()) == 1
-
 
 def axis_names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Returns the mesh axes that a partition names for one dimension."""

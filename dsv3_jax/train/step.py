@@ -20,7 +20,7 @@ from dsv3_jax.model import (
     with_masters,
     with_squares,
 )
-from dsv3_jax.sharding.collectives import max_over, sum_over
+from dsv3_jax.sharding.collectives import max_over, size, sum_over
 from dsv3_jax.sharding.mesh import AXES, Work, check_mesh
 from dsv3_jax.sharding.rules import batch_sharding, batch_spec, per_device, replicated
 from dsv3_jax.sharding.zero import as_part, is_part, reduce_gradient
@@ -117,8 +117,8 @@ def _device_share(
 ) -> tuple[dict, dict, Losses, Routing]:
     """Computes on one device: its part of the summed gradients; losses and routing of the whole batch.
 
-    Second stands, for each gradient whose sum of squares over all devices is known without reading it, that sum: where
-    the backward pass writes the final gradient of an FP8 weight, in one pass and without a sum over devices.
+    Second stands in the place of each gradient its sum of squares, if that is known without reading it, or None. Of FP8
+    weights it is, where no gradients are added up: those of passes, of devices, of the rounds of an exchange.
     """
     splits = param_splits(config.model, mesh)
     is_layered = {name: config.mesh.fsdp and name.endswith("_layers") for name in masters}
@@ -131,14 +131,15 @@ def _device_share(
         weights = with_squares(with_masters(params, masters), squares)
         return training_loss(config, weights, tokens_BT1, mtp_loss_weight=scalars["mtp_loss_weight"])
 
-    is_final = jax.tree.map(lambda split: split.is_unshared() and len(tokens_ABT) == 1, splits)
-    masters_and_squares = masters_of(params), square_slots(params, is_final)
+    is_final = len(tokens_ABT) == 1 and size(AXES) == 1
+    unknown = jax.tree.map(lambda _: None, masters)
+    masters_and_squares = masters_of(params), square_slots(params) if is_final else unknown
     gradient = jax.grad(loss_of_masters, has_aux=True)
     (grads, squares), losses, routing = _sum_over_passes(
         gradient, masters_and_squares, tokens_ABT, scalars["num_passes"]
     )
     with jax.named_scope("sum_gradients"):
-        squares = jax.tree.map(lambda squares_L: sum_over(jnp.sum(squares_L), AXES), squares)
+        squares = jax.tree.map(jnp.sum, squares)
         grads = jax.tree.map(reduce_gradient, grads, splits, is_leaf=is_part)
     with jax.named_scope("metrics"):
         losses = jax.tree.map(lambda value: sum_over(value / scalars["num_passes"], AXES), losses)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ from dsv3_jax import model
 from dsv3_jax.config import DataConfig, RunConfig, TrainConfig, override
 from dsv3_jax.fp8 import weight
 from dsv3_jax.sharding.mesh import make_mesh
+from dsv3_jax.train import step as train_step
 from dsv3_jax.train.activation_memory import activation_lines
+from dsv3_jax.train.optimizer import global_norm
 from dsv3_jax.train.schedule import StepSettings
 from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import make_train_step, split_batch, trace_train_step
@@ -88,6 +91,49 @@ def equations(jaxpr, inside=()):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
                     yield from equations(inner, (*inside, equation.primitive.name))
+
+
+def known_sums(config: RunConfig, mesh: jax.sharding.Mesh) -> list[str]:
+    """Returns the parameters whose gradients' sums of squares a step takes from the kernels that write them."""
+    known = []
+
+    def note(grads, squares):
+        known.extend(jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(squares))
+        return global_norm(grads, squares)
+
+    with mock.patch.object(train_step, "global_norm", note):
+        trace_train_step(config, mesh)
+    return known
+
+
+def test_norm_is_the_gradients_own():
+    """Every weight of an FP8 linear adds what its kernels summed, in float32 and another order, MTP modules' too."""
+    config = dataclasses.replace(CONFIG, model=fp8_config(num_nextn_predict_layers=2))
+    specs = jax.tree_util.tree_leaves_with_path(model.param_specs(config.model))
+    linears = [jax.tree_util.keystr(path) for path, spec in specs if spec.linear is not None]
+    mesh = make_mesh(config.mesh)
+    assert known_sums(config, mesh) == linears
+    plain = []
+
+    def note(grads, squares):
+        jax.debug.callback(lambda *leaves: plain.extend(map(np.asarray, leaves)), *jax.tree.leaves(grads))
+        return global_norm(grads, squares)
+
+    with mock.patch.object(train_step, "global_norm", note), jax.set_mesh(mesh):
+        step = make_train_step(config, mesh)
+        _, metrics = step(init_state(config, mesh), split_batch(config, text(0)), SETTINGS)
+        jax.effects_barrier()
+    is_bias = ["e_score_correction_bias" in jax.tree_util.keystr(path) for path, _ in specs]
+    squares = [np.sum(np.square(grad, dtype=np.float64)) for grad, skip in zip(plain, is_bias, strict=True) if not skip]
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(np.sum(squares)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("changes", "gpus"), [({"train.microbatch_size": 2}, 1), ({}, 2), ({"mesh.fsdp": True}, 2)])
+def test_norm_of_added_gradients_is_read_from_their_sum(changes, gpus):
+    """Passes, devices and the rounds of their exchange add gradients: squares of what each found are not enough."""
+    devices = np.array(jax.devices()[:1] * gpus).reshape(1, 1, 1, gpus, 1)  # as many: nothing is compiled for them
+    mesh = jax.sharding.Mesh(devices, ("pipe", "replica", "node", "gpu", "tensor"))
+    assert not known_sums(override(CONFIG, {"mesh.gpu": gpus, **changes}), mesh)
 
 
 def test_weights_are_quantized_once_per_step_outside_all_loops():
