@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.fp8.formats import QuantizedArray, encode_e5m6, num_tiles, padded_blocks
+from dsv3_jax.kernels.attention import pallas_gpu as attention
 from dsv3_jax.kernels.block_quantize import pallas_gpu as quantizers
 from dsv3_jax.kernels.fp8_matmul import pallas_gpu as dense
 from dsv3_jax.kernels.grouped_matmul import pallas_gpu as grouped_bf16
@@ -147,7 +148,7 @@ def ragged_calls() -> dict[str, Call]:
 
 
 def other_calls() -> dict[str, Call]:
-    """Returns calls of the other kernels of FP8 training: quantizers, and the grouped products in BF16."""
+    """Returns calls of the other kernels of FP8 training: quantizers, attention, and the grouped products in BF16."""
     bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     tokens, gate_up = bf16((4096, 7168)), bf16((4096, 4096))
     sizes = jax.ShapeDtypeStruct((GROUPS,), jnp.int32)
@@ -156,6 +157,11 @@ def other_calls() -> dict[str, Call]:
         y, vjp = jax.vjp(lambda x, w: grouped_bf16.grouped_matmul(x, w, sizes), x, w)
         return y, vjp(dy)
 
+    def attend(first_key_BT, q, kv, k_rope):
+        out, vjp = jax.vjp(lambda *inputs: attention.causal_attention(*inputs, first_key_BT, 0.1), q, kv, k_rope)
+        return out, vjp(out)
+
+    heads = (bf16((2, 4096, 128, 192)), bf16((2, 4096, 128, 256)), bf16((2, 4096, 64)))
     return {
         "quantize_rows": Call(quantizers.quantize_rows, (tokens,)),
         "quantize_columns": Call(quantizers.quantize_columns, (tokens,)),
@@ -177,6 +183,8 @@ def other_calls() -> dict[str, Call]:
         "quantize_weights": Call(
             quantizers.quantize_weights, (jax.ShapeDtypeStruct((GROUPS, 7168, 4096), jnp.float32),)
         ),
+        "attention": Call(functools.partial(attend, None), heads),
+        "attention within documents": Call(attend, (jax.ShapeDtypeStruct((2, 4096), jnp.int32), *heads)),
         "grouped bf16": Call(
             experts, (bf16((GROUPED_ROWS, 7168)), bf16((GROUPS, 7168, 4096)), bf16((GROUPED_ROWS, 4096)), sizes)
         ),
