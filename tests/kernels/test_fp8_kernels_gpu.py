@@ -188,8 +188,8 @@ def test_contractions_in_parts_in_the_interpreter_without_races(interpreter, mon
 
 
 @pytest.mark.parametrize("tile", [FENCED_FLOAT32, IN_WAVES_AND_CLUSTERS])
-def test_squares_add_up_in_the_interpreter_without_races(interpreter, tile):
-    """Of partial tiles, of several tiles of one thread block, of blocks without one, and of groups without rows."""
+def test_squares_add_up_in_the_interpreter_without_races(interpreter, monkeypatch, tile):
+    """Of partial tiles, of several tiles of one thread block, of groups without rows, of parts of a contraction."""
     a, b = dense_operands(331, 300, 270, b_tile="row")
     assert_squares_of(dense.fp8_matmul_with_squares(a, b, tile=tile), reference.fp8_matmul(a, b, out_dtype=jnp.float32))
     drawn = grouped_operands((130, 0, 5), 190, 250)
@@ -197,6 +197,9 @@ def test_squares_add_up_in_the_interpreter_without_races(interpreter, tile):
     actual = grouped.grouped_fp8_weight_gradient_with_squares(*operands, alignment=128, tile=tile)
     expected = grouped_reference.grouped_fp8_weight_gradient(*operands, alignment=128, out_dtype=jnp.float32)
     assert_squares_of(actual, expected)
+    monkeypatch.setattr(dense, "num_parts", lambda *_: 2)
+    a, b = dense_operands(70, 60, 270, b_tile="row")
+    assert_squares_of(dense.fp8_matmul_with_squares(a, b, tile=tile), reference.fp8_matmul(a, b, out_dtype=jnp.float32))
 
 
 def assert_squares_of(actual: tuple[jax.Array, jax.Array], expected: jax.Array) -> None:
