@@ -180,7 +180,7 @@ def key_value_gradients(
 
     Both gradients of a tile would not fit one warpgroup's registers. One warpgroup makes the softmax weights and the
     value gradient, the other takes the weights through shared memory and makes the key gradient: equal work at X = 192
-    and U = 128.
+    and U = 128. Each has its first product for the next block on the way while it does the rest of this one.
     """
     batch, length, num_heads, width = q_BTNX.shape
     parts, dtype, stages = widths(q_BTNX, kv_BTNY, k_rope_BTR), q_BTNX.dtype, 3
