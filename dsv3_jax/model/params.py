@@ -164,10 +164,8 @@ def with_masters(params: dict, masters: dict) -> dict:
 def square_slots(params: dict) -> dict:
     """Returns zeros whose gradients are sums of squares of the gradients of FP8 weights, which lie in stacks.
 
-    They are one per layer, float32, in the place of the weight; other parameters have None.
-
-    They tell nothing of a gradient that is added to others: where the layers' gradients are not yet those of a whole
-    batch, or a weight is multiplied more than once.
+    There is one per layer, float32, in the place of the weight; other parameters have None. Where gradients of a weight
+    are added up, because it is multiplied twice or by several devices, they are not that sum's.
     """
 
     def slot(value):

@@ -115,10 +115,10 @@ def _jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable:
 def _device_share(
     config: RunConfig, mesh: jax.sharding.Mesh, masters: dict, tokens_ABT: jax.Array, scalars: dict
 ) -> tuple[dict, dict, Losses, Routing]:
-    """Computes on one device: its part of the summed gradients; losses and routing of the whole batch.
+    """Computes on one device: its part of the summed gradients, sums of their squares; losses and routing of the batch.
 
-    Second stands in the place of each gradient its sum of squares, if that is known without reading it, or None. Of FP8
-    weights it is, where no gradients are added up: those of passes, of devices, of the rounds of an exchange.
+    A gradient's sum of squares stands in its place, or None where only reading the gradient tells it. The kernels tell
+    it of FP8 weights, where what they write is final: no passes, devices, or rounds of an exchange are added up.
     """
     splits = param_splits(config.model, mesh)
     is_layered = {name: config.mesh.fsdp and name.endswith("_layers") for name in masters}
