@@ -52,7 +52,6 @@ class Tile:
     store_columns: int = 128  # columns per store to device memory
     store_slots: int = 1  # stores in flight per warpgroup
     raster_rows: int = 8  # row tiles swept together, so that their rows and weights meet in L2
-    partial_last: bool = False  # dense products: tiles with fewer rows after all others
     cluster: int = 1  # thread blocks with neighbouring columns that share each load of the rows
     fence: bool = False  # a proxy fence before a stage is given back
     early_addresses: bool = False  # where a stage lies is computed before it is waited for, not after

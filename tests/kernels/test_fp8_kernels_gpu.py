@@ -117,7 +117,6 @@ FENCED = Tile(warpgroups=2, stages=2, fence=True)  # the race detector does not 
 FENCED_FLOAT32 = Tile(warpgroups=2, stages=2, store_columns=32, store_slots=2, fence=True)
 IN_WAVES = dataclasses.replace(FENCED_FLOAT32, warpgroups=1, waves=2)
 IN_CLUSTERS = dataclasses.replace(FENCED_FLOAT32, cluster=2)
-PARTIAL_LAST = dataclasses.replace(FENCED, partial_last=True)
 IN_WAVES_AND_CLUSTERS = dataclasses.replace(IN_WAVES, cluster=2, early_addresses=True)
 
 
@@ -130,8 +129,6 @@ IN_WAVES_AND_CLUSTERS = dataclasses.replace(IN_WAVES, cluster=2, early_addresses
         ((131, 157, 270), "row", jnp.float32, IN_WAVES),
         ((131, 300, 319), "block", jnp.bfloat16, IN_CLUSTERS),
         ((131, 90, 270), "row", jnp.float32, IN_WAVES_AND_CLUSTERS),
-        ((300, 300, 200), "block", jnp.bfloat16, PARTIAL_LAST),
-        ((100, 200, 200), "block", jnp.bfloat16, PARTIAL_LAST),
         ((69, 99, 391), "block", jnp.bfloat16, FewRowsTile(columns=64, warpgroups=2, stages=4, fence=True)),
     ],
 )

@@ -52,9 +52,7 @@ def _multiply(
 ) -> tuple[jax.Array, jax.Array | None]:
     (num_rows, contraction), num_columns = a.codes.shape, b.codes.shape[0]
     row_tiles, column_tiles = pl.cdiv(num_rows, tile.rows), pl.cdiv(num_columns, tile.cluster_columns)
-    whole_rows = num_rows // tile.rows if tile.partial_last else row_tiles
-    num_work, whole_work = row_tiles * column_tiles, whole_rows * column_tiles
-    steps = num_tiles(contraction)
+    num_work, steps = row_tiles * column_tiles, num_tiles(contraction)
     parts = num_parts(num_work, steps, tile) if jnp.dtype(out_dtype) == jnp.float32 else 1
     steps_of_part = pl.cdiv(steps, parts)
     out_shape = (parts, num_rows, num_columns) if parts > 1 else (num_rows, num_columns)
@@ -65,10 +63,7 @@ def _multiply(
             part, index = lax.div(index, num_work), lax.rem(index, num_work)
             first_step = part * steps_of_part
             num_steps = jnp.minimum(steps_of_part, steps - first_step)
-        row, column = plgpu.planar_snake(index, (max(whole_rows, 1), column_tiles), 1, tile.raster_rows)
-        if whole_work < num_work:  # tiles with fewer rows come last: while some are short of work, others end with one
-            is_whole = index < whole_work
-            row, column = jnp.where(is_whole, row, whole_rows), jnp.where(is_whole, column, index - whole_work)
+        row, column = plgpu.planar_snake(index, (row_tiles, column_tiles), 1, tile.raster_rows)
         return Work(part, row * tile.rows, num_rows, column * tile.cluster_columns, first_step, num_steps)
 
     out, squares = scaled_matmul(

@@ -21,7 +21,9 @@ class FewRowsTile:
 
 def fp8_matmul(out_dtype: Any) -> Tile:
     """Returns the tile for a dense product of this output type."""
-    return Tile() if jnp.dtype(out_dtype).itemsize == 2 else Tile(store_columns=32, store_slots=2)
+    if jnp.dtype(out_dtype).itemsize == 2:
+        return Tile(early_addresses=True)
+    return Tile(store_columns=32, store_slots=2)
 
 
 def few_rows(columns: int, contraction: int) -> FewRowsTile:

@@ -10,7 +10,7 @@ from dsv3_jax.kernels.scaled_matmul import Tile
 def product(out_dtype: Any) -> Tile:
     """Returns the tile for rows times the matrices of their groups."""
     if jnp.dtype(out_dtype).itemsize == 2:
-        return Tile(raster_rows=12)
+        return Tile(raster_rows=12, cluster=2, early_addresses=True)
     return Tile(raster_rows=12, store_columns=32, store_slots=2)
 
 
