@@ -180,7 +180,7 @@ def key_value_gradients(
 
     Both gradients of a tile would not fit one warpgroup's registers. One warpgroup makes the softmax weights and the
     value gradient, the other takes the weights through shared memory and makes the key gradient: equal work at X = 192
-    and U = 128. Each has its first product for the next block on the way while it does the rest of this one.
+    and U = 128.
     """
     batch, length, num_heads, width = q_BTNX.shape
     parts, dtype, stages = widths(q_BTNX, kv_BTNY, k_rope_BTR), q_BTNX.dtype, 3
@@ -212,6 +212,12 @@ def key_value_gradients(
 
             def load_tile(tile, slot):
                 b, h, block = tile
+                keys = pl.ds(block * ROWS, ROWS)
+                plgpu.barrier_wait(k_free)
+                plgpu.copy_gmem_to_smem(kv.at[b, keys, h, parts.own_columns], k_smem, k_full)
+                plgpu.copy_gmem_to_smem(k_rope.at[b, keys], k_rope_smem, k_full)
+                plgpu.barrier_wait(v_free)
+                plgpu.copy_gmem_to_smem(kv.at[b, keys, h, parts.value_columns], v_smem, v_full)
 
                 def load_step(step, slot):
                     queries = pl.ds(step * GRADIENT_BLOCK, GRADIENT_BLOCK)
@@ -225,14 +231,7 @@ def key_value_gradients(
                     plgpu.copy_gmem_to_smem(delta.at[b, h, queries], delta_smem.at[slot], dout_full.at[slot])
                     return blocks.next_slot(slot, stages)
 
-                slot = load_step(block, slot)  # before keys and values, whose buffers the last tile may still need
-                keys = pl.ds(block * ROWS, ROWS)
-                plgpu.barrier_wait(k_free)
-                plgpu.copy_gmem_to_smem(kv.at[b, keys, h, parts.own_columns], k_smem, k_full)
-                plgpu.copy_gmem_to_smem(k_rope.at[b, keys], k_rope_smem, k_full)
-                plgpu.barrier_wait(v_free)
-                plgpu.copy_gmem_to_smem(kv.at[b, keys, h, parts.value_columns], v_smem, v_full)
-                return lax.fori_loop(block + 1, end_of_queries(b, block), load_step, slot)
+                return lax.fori_loop(block, end_of_queries(b, block), load_step, slot)
 
             slot = tiles.for_each(load_tile, jnp.int32(0))
             blocks.drain(slot, q_free, dout_free, stages=stages)
@@ -249,27 +248,26 @@ def key_value_gradients(
                 b, h, block = tile
                 plgpu.barrier_wait(k_full)
 
-                def multiply_keys(slot, meanwhile):
+                def differentiate_block(_, carry, *, is_causal, is_cut):
+                    slot, weights_slot, acc = carry
                     plgpu.barrier_wait(q_full.at[slot])
 
                     def multiply(acc_ref):
                         plgpu.wgmma(acc_ref, k_smem, q_smem.at[slot, :, parts.own_columns].T)
                         plgpu.wgmma(acc_ref, k_rope_smem, q_smem.at[slot, :, parts.rope_columns].T)
-                        done = meanwhile()
-                        return acc_ref[...], done
+                        return acc_ref[...]
 
-                    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-
-                def add_block(step, slot, weights_slot, scores, acc, *, is_causal, is_cut):
+                    scores = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                     column_lse = plgpu.layout_cast(lse_smem[slot], COLUMN_VECTOR)
                     weights = jnp.exp2(scores * (scale * LOG2_E) - lax.broadcast_in_dim(column_lse, shape, [1]))
-                    keys = blocks.row_ids(shape, block * ROWS)
                     if is_causal:
-                        queries = blocks.column_ids(shape, step * GRADIENT_BLOCK)
-                        weights = jnp.where(keys <= queries, weights, 0.0)
+                        weights = jnp.where(blocks.row_ids(shape, 0) <= blocks.column_ids(shape, 0), weights, 0.0)
                     if is_cut:
                         column_first_key = plgpu.layout_cast(first_key_smem[slot], COLUMN_VECTOR)
-                        weights = jnp.where(keys >= lax.broadcast_in_dim(column_first_key, shape, [1]), weights, 0.0)
+                        is_own = blocks.row_ids(shape, block * ROWS) >= lax.broadcast_in_dim(
+                            column_first_key, shape, [1]
+                        )
+                        weights = jnp.where(is_own, weights, 0.0)
                     weights = weights.astype(dtype)
                     plgpu.barrier_wait(weights_free.at[weights_slot])
                     weights_smem[weights_slot] = weights
@@ -279,34 +277,22 @@ def key_value_gradients(
                     plgpu.barrier_wait(dout_full.at[slot])
                     acc = blocks.accumulate(acc, lambda acc_ref: plgpu.wgmma(acc_ref, weights, dout_smem.at[slot]))
                     plgpu.barrier_arrive(dout_free.at[slot])
-                    return acc
+                    return blocks.next_slot(slot, stages), 1 - weights_slot, acc
 
-                def differentiate_block(step, carry, *, is_causal, is_cut):
-                    next_slot = blocks.next_slot(carry[0], stages)
-                    add = functools.partial(add_block, step, *carry, is_causal=is_causal, is_cut=is_cut)
-                    next_scores, acc = multiply_keys(next_slot, add)  # the tensor cores are at work during the softmax
-                    return next_slot, 1 - carry[1], next_scores, acc
-
-                slot, weights_slot = carry
-                scores, _ = multiply_keys(slot, lambda: None)
-                carry = (slot, weights_slot, scores, blocks.zeros((ROWS, parts.value)))
-                last_block = end_of_queries(b, block) - 1
-                first_whole = jnp.minimum(block + 1, last_block)
-                end_of_whole = jnp.minimum(whole_block[b, block], last_block) if has_segments else last_block
-                differentiate_causal_block = functools.partial(differentiate_block, is_causal=True, is_cut=has_segments)
-                carry = lax.fori_loop(block, first_whole, differentiate_causal_block, carry)
+                carry = (*carry, blocks.zeros((ROWS, parts.value)))
+                carry = differentiate_block(block, carry, is_causal=True, is_cut=has_segments)
+                end_of_whole = whole_block[b, block] if has_segments else num_blocks
                 differentiate_whole_block = functools.partial(differentiate_block, is_causal=False, is_cut=False)
-                carry = lax.fori_loop(first_whole, end_of_whole, differentiate_whole_block, carry)
+                carry = lax.fori_loop(block + 1, end_of_whole, differentiate_whole_block, carry)
                 if has_segments:
                     differentiate_cut_block = functools.partial(differentiate_block, is_causal=False, is_cut=True)
-                    carry = lax.fori_loop(end_of_whole, last_block, differentiate_cut_block, carry)
+                    carry = lax.fori_loop(end_of_whole, edge_block[b, block], differentiate_cut_block, carry)
                 plgpu.barrier_arrive(k_free)
-                acc = add_block(last_block, *carry, is_causal=True, is_cut=has_segments)  # it may be the first one too
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                dv_smem[...] = acc.astype(dtype)
+                dv_smem[...] = carry[2].astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(dv_smem, dkv.at[b, pl.ds(block * ROWS, ROWS), h, parts.value_columns])
-                return blocks.next_slot(carry[0], stages), 1 - carry[1]
+                return carry[:2]
 
             _, weights_slot = tiles.for_each(differentiate_tile, (jnp.int32(0), jnp.int32(0)))
             plgpu.wait_smem_to_gmem(0)
@@ -335,7 +321,7 @@ def key_value_gradients(
 
                     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
-                def add_block(slot, weights_slot, dweights, acc):
+                def differentiate_scores(slot, weights_slot, dweights):
                     column_delta = plgpu.layout_cast(delta_smem[slot], COLUMN_VECTOR)
                     dweights = dweights - lax.broadcast_in_dim(column_delta, shape, [1])
                     plgpu.barrier_wait(weights_full.at[weights_slot])
@@ -344,30 +330,41 @@ def key_value_gradients(
                     plgpu.commit_smem()  # orders the read of delta before its refill
                     plgpu.barrier_arrive(weights_free.at[weights_slot])
                     plgpu.barrier_arrive(dout_free.at[slot])
+                    return dscores
+
+                def multiply_queries(slot, dscores, acc):
                     plgpu.barrier_wait(q_full.at[slot])
                     acc = blocks.accumulate(acc, lambda acc_ref: plgpu.wgmma(acc_ref, dscores, q_smem.at[slot]))
                     plgpu.barrier_arrive(q_free.at[slot])
                     return acc
 
                 def differentiate_block(_, carry):
-                    next_slot = blocks.next_slot(carry[0], stages)
-                    next_dweights, acc = multiply_values(next_slot, functools.partial(add_block, *carry))
-                    return next_slot, 1 - carry[1], next_dweights, acc
+                    slot, weights_slot, dweights, acc = carry
+                    differentiate = functools.partial(differentiate_scores, slot, weights_slot, dweights)
+                    next_dweights, dscores = multiply_values(blocks.next_slot(slot, stages), differentiate)
+                    return (
+                        blocks.next_slot(slot, stages),
+                        1 - weights_slot,
+                        next_dweights,
+                        multiply_queries(slot, dscores, acc),
+                    )
 
                 slot, weights_slot = carry
                 dweights, _ = multiply_values(slot, lambda: None)
                 carry = (slot, weights_slot, dweights, blocks.zeros((ROWS, width)))
-                carry = lax.fori_loop(block, end_of_queries(b, block) - 1, differentiate_block, carry)
+                last_block = end_of_queries(b, block) - 1
+                slot, weights_slot, dweights, acc = lax.fori_loop(block, last_block, differentiate_block, carry)
+                acc = multiply_queries(slot, differentiate_scores(slot, weights_slot, dweights), acc)
+                carry = (blocks.next_slot(slot, stages), 1 - weights_slot, acc)
                 plgpu.barrier_arrive(v_free)
-                acc = add_block(*carry)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                dk = (acc * scale).astype(dtype)
+                dk = (carry[2] * scale).astype(dtype)
                 dk_smem[...], dk_rope_smem[...] = dk[:, parts.own_columns], dk[:, parts.rope_columns]
                 plgpu.commit_smem()
                 rows = pl.ds(block * ROWS, ROWS)
                 plgpu.copy_smem_to_gmem(dk_smem, dkv.at[b, rows, h, parts.own_columns])
                 plgpu.copy_smem_to_gmem(dk_rope_smem, dk_rope.at[b, rows, h])
-                return blocks.next_slot(carry[0], stages), 1 - carry[1]
+                return carry[:2]
 
             tiles.for_each(differentiate_tile, (jnp.int32(0), jnp.int32(0)))
             plgpu.wait_smem_to_gmem(0)
