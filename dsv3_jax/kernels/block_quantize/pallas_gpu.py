@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
 from dsv3_jax.kernels.block_quantize.e5m6 import decode_columns, quantize_rows_and_encode
 from dsv3_jax.kernels.block_quantize.rms_norm import rms_norm_rows
-from dsv3_jax.kernels.block_quantize.tiles import CHUNK, Block, Factors, Operand, Result, for_each_tile
+from dsv3_jax.kernels.block_quantize.tiles import CHUNK, Block, Operand, Result, for_each_tile
 from dsv3_jax.kernels.block_quantize.weights import quantize_weights
 
 __all__ = [
@@ -149,12 +149,14 @@ def weighted_swiglu_gradient(
     """Quantizes rows and columns of the gradients of gate and up; and returns the gradients of the rows' weights."""
 
     def chunk_values(chunk, gate, up, dhidden, weights):
-        gate_values = gate.rows(chunk)
-        hidden = gate_values * _sigmoid(gate_values) * up.rows(chunk)
-        yield (hidden * dhidden.rows(chunk)).sum(axis=1)
-        for read, spread in ((Block.rows, Factors.rows), (Block.columns, Factors.columns)):
-            weighted, read_up = read(dhidden, chunk) * spread(weights, chunk), functools.partial(read, up, chunk)
-            yield from _gate_and_up_gradients(read(gate, chunk), read_up, weighted)
+        gate_values, dhidden_values = gate.rows(chunk), dhidden.rows(chunk)
+        sigmoid = _sigmoid(gate_values)
+        dup = dhidden_values * gate_values * sigmoid
+        yield (dup * up.rows(chunk)).sum(axis=1)
+        factors = weights.rows(chunk)
+        yield from _both_gradients(dhidden_values * factors, sigmoid, dup * factors, functools.partial(up.rows, chunk))
+        weighted = dhidden.columns(chunk) * weights.columns(chunk)
+        yield from _gate_and_up_gradients(gate.columns(chunk), functools.partial(up.columns, chunk), weighted)
 
     by_rows, by_columns, sums_fM = _swiglu_gradient(
         chunk_values, gate_up, dhidden_MF, "weighted_swiglu_gradient", (weights_M,)
@@ -181,9 +183,14 @@ def _swiglu_gradient(chunk_values, gate_up: QuantizedArray, dhidden_MF: jax.Arra
 
 
 def _gate_and_up_gradients(gate: jax.Array, read_up: Callable, dhidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Both gradients before either is quantized: fewer registers, so that two thread blocks share an SM.
     sigmoid = _sigmoid(gate)
-    dup = dhidden * gate * sigmoid
+    return _both_gradients(dhidden, sigmoid, dhidden * gate * sigmoid, read_up)
+
+
+def _both_gradients(
+    dhidden: jax.Array, sigmoid: jax.Array, dup: jax.Array, read_up: Callable
+) -> tuple[jax.Array, jax.Array]:
+    # Both gradients before either is quantized: fewer registers, so that two thread blocks share an SM.
     return (dhidden * sigmoid + dup * (1 - sigmoid)) * read_up(), dup
 
 
