@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 TOKEN_BYTES = "token_bytes.npy"
 SPLITS = ("train", "heldout")
+FOR_PEOPLE = (".md", ".png")  # the data card and its plots: a corpus may be copied without them
 
 _MANIFEST_FIELDS = {"arguments", "tokenizer", "sources", "files"}
 _SOURCE_FIELDS = {"weight", "kind", "language", "licence", "splits"}
@@ -139,8 +140,8 @@ def open_corpus(directory: str | pathlib.Path) -> Corpus:
     """Opens a directory that launch/prepare_data.py wrote.
 
     Raises:
-      ValueError: no such directory, no manifest or a foreign one, a file that is missing, has another size than the
-        manifest says, or (tokenizer) another content.
+      ValueError: no such directory, no manifest or a foreign one, a file besides the data card and its plots that is
+        missing, has another size than the manifest says, or (tokenizer) another content.
     """
     directory = pathlib.Path(directory)
     fix = "prepare one with launch/prepare_data.py"
@@ -150,6 +151,8 @@ def open_corpus(directory: str | pathlib.Path) -> Corpus:
     manifest = read_manifest(path)
     for name, num_bytes in manifest["files"].items():
         file = directory / name
+        if file.suffix in FOR_PEOPLE:
+            continue
         require(file.is_file(), "data.corpus", str(file), "is missing; remove the directory and prepare it again")
         require(file.stat().st_size == num_bytes, "data.corpus", str(file), f"has {file.stat().st_size} bytes, the "
                 f"manifest says {num_bytes}; remove the directory and prepare it again")  # fmt: skip

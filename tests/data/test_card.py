@@ -1,6 +1,7 @@
 """The data card says what the manifest says, and its plots can be drawn for any corpus."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -69,3 +70,8 @@ def test_every_plot_it_shows_is_there(corpus):
     for name in names:
         pixels = np.asarray(Image.open(corpus.directory / name).convert("RGB"))
         assert pixels.shape[1] == 880 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
+
+
+def test_a_corpus_opens_without_its_card_and_plots(corpus, tmp_path):
+    shutil.copytree(corpus.directory, tmp_path / "copied", ignore=shutil.ignore_patterns("*.png", "*.md"))
+    assert open_corpus(tmp_path / "copied").manifest == corpus.manifest
