@@ -11,8 +11,8 @@ triangle stays balanced over the SMs and the heads' blocks stay in L2. The backw
 two kernels, instead of adding query gradients atomically in one: gradients repeat bit for bit.
 
 Each kernel is one long function because its roles share barriers and buffers. Measured on an H200 at B 2, T 4096,
-N 128, X 192, U 128: 553 TFLOP/s forward (cuDNN with padded values 426, torch's cuDNN 564), 455 forward and
-backward (303, 479).
+N 128, X 192, U 128: 647 to 685 TFLOP/s forward (cuDNN with padded values 460 to 515 in the same run), 500 forward and
+backward (330).
 """
 
 import functools
