@@ -95,8 +95,12 @@ def is_prepared(value: Any) -> bool:
 
 
 def as_rounded(weight: jax.Array | RoundedWeight) -> RoundedWeight:
-    """Returns a weight that is not in FP8 beside what takes its gradient: an array takes its own."""
-    return weight if isinstance(weight, RoundedWeight) else RoundedWeight(jax.lax.stop_gradient(weight), weight)
+    """Returns a weight that is not in FP8 beside what takes its gradient: an array takes its own.
+
+    The values of an array are itself, whatever has no gradient: of anything made from it, even an identity, a scan over
+    layers would keep a copy of all layers for the backward pass.
+    """
+    return weight if isinstance(weight, RoundedWeight) else RoundedWeight(weight, weight)
 
 
 def as_array(weight: jax.Array | RoundedWeight | Fp8Weight, contracted: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

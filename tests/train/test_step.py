@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from dsv3_jax.config import override
 from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.train.ema import init_ema, update_ema
 from dsv3_jax.train.schedule import StepSettings
-from dsv3_jax.train.state import init_state
-from dsv3_jax.train.step import make_train_step, move_correction_biases, split_batch, training_work
+from dsv3_jax.train.state import abstract_state, init_state
+from dsv3_jax.train.step import make_train_step, move_correction_biases, split_batch, trace_train_step, training_work
 
 BATCH = np.random.default_rng(0).integers(0, 61, (4, 13)).astype(np.int32)
 SETTINGS = StepSettings(learning_rate=0.01, batch_size=4, mtp_loss_weight=0.3, bias_update_speed=0.5)
@@ -159,6 +160,35 @@ def test_moving_average_follows_numpy_in_host_memory(state, micro):
     for average, exact in zip(jax.tree.leaves(ema), jax.tree.leaves(expected), strict=True):
         assert average.sharding.memory_kind == "pinned_host"
         np.testing.assert_allclose(average, exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_backward_pass_reads_the_weights_themselves(micro, precision):
+    """A copy that a scan over layers keeps of them would be as large as all weights."""
+    # With this length no activation has a weight's shape.
+    config = override(micro, {"model.precision": precision, "data.sequence_length": 11})
+    mesh = make_mesh(config.mesh)
+    traced = trace_train_step(config, mesh)
+    params = abstract_state(config, mesh).params
+    stacks = [stack for name, stack in params.items() if name.endswith("_layers")]
+    stacked = [array.shape for array in jax.tree.leaves(stacks) if array.ndim > 2]
+    assert len(stacked) > 15
+    written = [shape for scan in scans(traced.jaxpr.jaxpr) for shape in stacked_outputs(scan)]
+    for shape in stacked:
+        assert written.count(shape) == stacked.count(shape), f"{shape}: gradients are stacked, and nothing else"
+
+
+def scans(jaxpr):
+    """Yields every scan of a jaxpr, and of the jaxprs inside."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from scans(inner)
+
+
+def stacked_outputs(scan) -> list[tuple[int, ...]]:
+    return [output.aval.shape for output in scan.outvars[scan.params["num_carry"] :]]
 
 
 def test_a_pass_must_spread_over_the_devices(micro):
