@@ -10,7 +10,8 @@ Command:   for p in bf16 fp8; do
            python launch/compare_precisions.py --workdir_a=runs/proxy_bf16 --workdir_b=runs/proxy_fp8
 Hardware:  one H200; the corpus needs a vocabulary of at most 32768.
 Cost:      201M tokens in 1536 steps, 75 PFLOP; checkpoints of 1.3 GB.
-Result:    two losses that differ by less than 0.25% over the last half.
+Result:    not measured with these rates. Looked for: losses that differ by less than 0.25% over the last half. At 6e-4
+           on a corpus of 36M tokens, some of it read 20 times, it was 0.62%, and grew as both learned it by heart.
 """
 
 from dsv3_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig

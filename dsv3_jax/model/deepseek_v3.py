@@ -26,7 +26,7 @@ from dsv3_jax.model.params import (
     prepare_from_specs,
     stacked,
 )
-from dsv3_jax.model.weights import RoundedWeight, as_array, as_rounded, is_fp8, is_prepared
+from dsv3_jax.model.weights import RoundedWeight, as_array, as_rounded, is_fp8
 from dsv3_jax.sharding.collectives import gather_tokens, own_tokens, sum_over, take_token
 from dsv3_jax.sharding.mesh import AXES
 from dsv3_jax.sharding.rules import split_param
@@ -99,8 +99,7 @@ class DeepseekV3(nnx.Module):
 
     def project_to_logits(self, h: jax.Array) -> jax.Array:
         """Returns float32 logits [..., V]; no gradient flows to a head that was prepared."""
-        head = self.lm_head[...]
-        head_DV = (head.values if is_prepared(head) else head).astype(h.dtype)
+        head_DV = as_rounded(self.lm_head[...]).values.astype(h.dtype)
         return jnp.dot(h, head_DV, precision=exact_if_float32(h.dtype), preferred_element_type=jnp.float32)
 
 

@@ -44,15 +44,11 @@ from dsv3_jax.kernels.hopper import segmented
 OUT_COLUMNS = 64  # of a store: widths of queries and values are multiples
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def causal_attention(
     q_BTNX: jax.Array, kv_BTNY: jax.Array, k_rope_BTR: jax.Array, first_key_BT: jax.Array | None, scale: float
 ) -> jax.Array:
     """Computes softmax(scale · q kᵀ + mask) v per head; [B, T, N, U] in q's dtype."""
-    return _causal_attention(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _causal_attention(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale: float) -> jax.Array:
     return _forward(q_BTNX, kv_BTNY, k_rope_BTR, first_key_BT, scale)[0]
 
 
@@ -67,7 +63,7 @@ def _backward(scale, residuals, dout_BTNU):
     return *gradients(*residuals, dout_BTNU, scale=scale), None
 
 
-_causal_attention.defvjp(_forward, _backward)
+causal_attention.defvjp(_forward, _backward)
 
 
 def gradients(
