@@ -113,3 +113,14 @@ def test_proposed_meshes_get_as_many_sequences_as_they_have_shards(program, axes
     mesh = AbstractMesh(tuple(axes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     with pytest.raises(ValueError, match=message):
         program(RunConfig(), mesh, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("num_passes", "is_differentiated", "copies"), [(1, True, 1), (2, True, 2), (30, True, 2), (1, False, 0)]
+)
+def test_several_passes_hold_the_sum_of_gradients_and_the_next_ones(num_passes, is_differentiated, copies):
+    program = programs.Program(
+        name="", traced=None, work="", tokens=0, needed_flops=None, expert_rows=0, num_passes=num_passes,
+        weight_sizes=frozenset(), outside_layers=programs.OutsideLayers(0, 0), is_differentiated=is_differentiated,
+    )  # fmt: skip
+    assert program.gradient_copies == copies
