@@ -19,13 +19,16 @@ OPERATIONS = (
     "grouped_weight_gradient_bf16",
 )  # fmt: skip
 OPERATION = flags.DEFINE_enum("operation", None, OPERATIONS, "what is measured; FP8 unless it says BF16", required=True)
-TILES = flags.DEFINE_multi_string("tile", [], "fields to change in the operation's tile, NAME=INTEGER,...; repeatable")
+TILES = flags.DEFINE_multi_string(
+    "tile", [], "fields to change in the operation's tile for large sizes, NAME=INTEGER,...; repeatable"
+)
 MODES = flags.DEFINE_multi_enum(
     "mode", ["burst"], ["single", "burst", "steady"], "how it is timed; repeatable, the first ranks"
 )
 CASES = flags.DEFINE_string("cases", "", "only sizes whose names contain this")
 JSON = flags.DEFINE_string("json", None, "file that gets the results with the hardware and the versions")
 TUNED = "tuned"
+LARGE = 8192, 8192  # rows and columns of a product for which all tiles are whole
 
 
 def main() -> None:
@@ -71,7 +74,7 @@ def operation(name: str):
     gradients = [sizes.grouped_gradient_contest(*case) for case in by_group]
     if name == "product":
         held = [sizes.dense_contest(*shape, weights=True) for shape in sizes.DENSE_SHAPES]
-        return held, "fp8", dense.fp8_matmul, tuned.fp8_matmul(bf16)
+        return held, "fp8", dense.fp8_matmul, tuned.fp8_matmul(*LARGE, bf16)
     if name == "few_rows":
         held = [
             sizes.dense_contest(t, *shape, weights=True) for t in sizes.DECODE_TOKENS for shape in sizes.DECODE_SHAPES
@@ -79,9 +82,10 @@ def operation(name: str):
         return held, "fp8", dense.fp8_matmul, tuned.FewRowsTile(columns=64)
     if name == "weight_gradient":
         held = [sizes.dense_contest(n, k, tokens, weights=False) for tokens, n, k in sizes.DENSE_SHAPES]
-        return held, "fp8", functools.partial(dense.fp8_matmul, out_dtype=float32), tuned.fp8_matmul(float32)
+        return held, "fp8", functools.partial(dense.fp8_matmul, out_dtype=float32), tuned.fp8_matmul(*LARGE, float32)
     if name == "grouped_product":
-        return products, "fp8", functools.partial(grouped.grouped_fp8_matmul, **aligned), tuned_fp8.product(bf16)
+        multiply = functools.partial(grouped.grouped_fp8_matmul, **aligned)
+        return products, "fp8", multiply, tuned_fp8.product(LARGE[0], bf16)
     if name == "grouped_weight_gradient":
         multiply = functools.partial(grouped.grouped_fp8_weight_gradient, **aligned)
         return gradients, "fp8", multiply, tuned_fp8.weight_gradient(float32)

@@ -3,9 +3,9 @@
 One warpgroup copies tiles of both operands and their scales to shared memory and runs ahead across output tiles, so the
 next tile's loads happen during the epilogue. Each of the others multiplies 64 rows of the tile, 128 of the contraction
 at a time: the tensor cores start from zero, and the partial products are scaled and added to float32 registers. Three
-of them, so that two can multiply while one adds up; with two of 64 rows, products took about 16% longer on an H200. A
-warpgroup may multiply several waves of 64 rows instead, one after the other, so that operands are read for a larger
-tile. A stage is given back before the last addition.
+of them, so that two can multiply while one adds up. Or two, with registers for a second partial product each, which the
+tensor cores make while the first is added; such tiles read more for each product, and are for sizes that larger ones
+leave multiprocessors idle on. A stage is given back before the last addition.
 
 Blocks of a cluster multiply the same rows with neighbouring columns, step by step together: each loads its columns, and
 its share of the rows for all of them. So a block may load rows only when all of them have given the stage back, which
@@ -46,7 +46,7 @@ class Tile:
     """The work of one thread block: a rows x columns tile of the output."""
 
     warpgroups: int = 3  # that multiply
-    waves: int = 1  # of 64 rows each that a warpgroup multiplies one after the other
+    in_flight: int = 1  # partial products that a warpgroup has at one time, 1 or 2: one is added, the other made
     columns: int = 128  # at most the 128 that share a scale of the weights
     stages: int = 4  # 128-deep steps in shared memory at one time
     store_columns: int = 128  # columns per store to device memory
@@ -58,7 +58,7 @@ class Tile:
 
     @property
     def rows(self) -> int:
-        return WARPGROUP_ROWS * self.warpgroups * self.waves
+        return WARPGROUP_ROWS * self.warpgroups
 
     @property
     def cluster_columns(self) -> int:
@@ -103,14 +103,13 @@ def scaled_matmul(
       the output, and the float32 sum of the squares of all of it or None.
 
     Raises:
-      ValueError: the tile's cluster does not divide the multiprocessors, or the rows of a wave.
+      ValueError: the tile has too few stages, or its cluster does not divide the multiprocessors or its rows.
     """
     whole_shape = out_type.shape
     a, b = with_whole_tiles(a), with_whole_tiles(b)
     out_type = with_whole_rows(out_type)
-    columns, stages, warpgroups, waves = tile.columns, tile.stages, tile.warpgroups, tile.waves
-    wave_rows = WARPGROUP_ROWS * warpgroups
-    require_cluster(tile, wave_rows)
+    columns, stages, warpgroups = tile.columns, tile.stages, tile.warpgroups
+    require_possible(tile)
     num_clusters = NUM_SMS // tile.cluster
     is_clustered = tile.cluster > 1
     by_all = {"collective_axes": ("block",)} if is_clustered else {}
@@ -162,18 +161,15 @@ def scaled_matmul(
                         plgpu.barrier_arrive(empty_in_all.at[slot])
                     step = now.first_step + index
                     contracted = pl.ds(step * TILE, TILE)
-                    arrived = full[0].at[slot]
+                    arrived = full.at[slot]
                     plgpu.copy_gmem_to_smem(b_ref.at[(*matrix, tile_columns, contracted)], b_smem.at[slot], arrived)
                     if not is_blockwise:
                         plgpu.copy_gmem_to_smem(b_scales_ref.at[step, tile_columns], b_scales_smem.at[slot], arrived)
                     if is_clustered:
                         plgpu.barrier_wait(empty_in_all.at[slot])
-                    for wave in range(waves):
-                        source = pl.ds(pl.multiple_of(now.first_row + wave * wave_rows, WARPGROUP_ROWS), wave_rows)
-                        target, arrived = pl.ds(wave * wave_rows, wave_rows), full[wave].at[slot]
-                        codes, scales = a_ref.at[source, contracted], a_scales_ref.at[step, source]
-                        plgpu.copy_gmem_to_smem(codes, a_smem.at[slot, target], arrived, **by_all)
-                        plgpu.copy_gmem_to_smem(scales, a_scales_smem.at[slot, target], arrived, **by_all)
+                    tile_rows = pl.ds(pl.multiple_of(now.first_row, WARPGROUP_ROWS), tile.rows)
+                    plgpu.copy_gmem_to_smem(a_ref.at[tile_rows, contracted], a_smem.at[slot], arrived, **by_all)
+                    plgpu.copy_gmem_to_smem(a_scales_ref.at[step, tile_rows], a_scales_smem.at[slot], arrived, **by_all)
                     return next_slot(slot)
 
                 return lax.fori_loop(0, now.num_steps, load_step, slot), later
@@ -196,8 +192,10 @@ def scaled_matmul(
         @pl.when(warpgroup < warpgroups)
         def _consume():
             plgpu.set_max_registers(consumer_registers(warpgroups), action="increase")
-            own_first_rows = [wave * wave_rows + warpgroup * WARPGROUP_ROWS for wave in range(waves)]
+            own_first_row = warpgroup * WARPGROUP_ROWS
+            own_rows = pl.ds(own_first_row, WARPGROUP_ROWS)
             shape = (WARPGROUP_ROWS, columns)
+            partial_type = plgpu.ACC(shape, jnp.float32)
             zero_per_row = plgpu.layout_cast(jnp.zeros(WARPGROUP_ROWS, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
             @pl.loop(0, stages)
@@ -220,8 +218,7 @@ def scaled_matmul(
                 if is_blockwise:
                     plgpu.barrier_wait(full_blocks.at[parity])
 
-                def multiply_wave(wave, slot, b_scale, acc):
-                    own_rows = pl.ds(own_first_rows[wave], WARPGROUP_ROWS)
+                def await_stage(slot):
                     if tile.early_addresses:
                         find_addresses(
                             a_smem.at[slot, own_rows],
@@ -229,64 +226,88 @@ def scaled_matmul(
                             a_scales_smem.at[slot, own_rows],
                             transforms=a_type.transforms,
                         )
-                    plgpu.barrier_wait(full[wave].at[slot])
-                    a_scale = plgpu.load(a_scales_smem, (slot, own_rows), layout=plgpu.Layout.WGMMA.reduce(1))
+                    plgpu.barrier_wait(full.at[slot])
+                    return plgpu.load(a_scales_smem, (slot, own_rows), layout=plgpu.Layout.WGMMA.reduce(1))
 
-                    def multiply(partial_ref):
-                        plgpu.wgmma(partial_ref, a_smem.at[slot, own_rows], b_smem.at[slot].T)
-                        return partial_ref[...]
+                def start_product(partial_ref, slot):
+                    plgpu.wgmma(partial_ref, a_smem.at[slot, own_rows], b_smem.at[slot].T)
 
-                    partial = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+                def block_scale(step):
+                    return b_scales_smem[parity, now.first_step + step] if is_blockwise else None
+
+                def add(acc, partial, slot, a_scale, b_scale):
                     if is_blockwise:
-                        if wave == waves - 1:
-                            give_back(slot)
+                        give_back(slot)
                         return acc + partial * lax.broadcast_in_dim(a_scale * b_scale, shape, [0])
                     # Read only now, and a few at a time: 32 more registers would not be there.
                     b_scale = plgpu.load(b_scales_smem, (slot, slice(None)), layout=plgpu.Layout.WGMMA.reduce(0))
                     scale = lax.broadcast_in_dim(a_scale, shape, [0]) * lax.broadcast_in_dim(b_scale, shape, [1])
                     acc = acc + partial * scale
-                    if wave == waves - 1:
-                        give_back(slot)
+                    give_back(slot)
                     return acc
 
                 def multiply_step(index, carry):
-                    slot, accs, _ = carry
-                    b_scale = b_scales_smem[parity, now.first_step + index] if is_blockwise else None
-                    accs = [multiply_wave(wave, slot, b_scale, acc) for wave, acc in enumerate(accs)]
-                    # A later use of zero. Without it the last wave's result takes its register, and ptxas, for which it
-                    # is then no constant, clears 64 registers before that wave.
-                    return next_slot(slot), accs, lax.optimization_barrier(zero_per_row) if waves > 1 else zero_per_row
+                    slot, acc = carry
+                    b_scale, a_scale = block_scale(index), await_stage(slot)
+
+                    def multiply(partial_ref):
+                        start_product(partial_ref, slot)
+                        return partial_ref[...]
+
+                    partial = pl.run_scoped(multiply, partial_type)
+                    return next_slot(slot), add(acc, partial, slot, a_scale, b_scale)
+
+                def multiply_two_steps(index, carry):
+                    slot, acc, _ = carry
+                    later = next_slot(slot)
+                    b_scale, later_b_scale = block_scale(2 * index), block_scale(2 * index + 1)
+                    a_scale = await_stage(slot)
+
+                    def multiply(partial_ref):
+                        start_product(partial_ref, slot)
+                        later_a_scale = await_stage(later)
+
+                        def multiply_later(later_ref):
+                            start_product(later_ref, later)
+                            partial = plgpu.wgmma_accumulator_load(partial_ref, wait_n=1)
+                            return add(acc, partial, slot, a_scale, b_scale), later_ref[...]
+
+                        return *pl.run_scoped(multiply_later, partial_type), later_a_scale
+
+                    acc, partial, later_a_scale = pl.run_scoped(multiply, partial_type)
+                    acc = add(acc, partial, later, later_a_scale, later_b_scale)
+                    # A later use of zero. Without it the second product takes its register, and ptxas, for which it is
+                    # then no constant, clears 64 registers before that product and waits for the first.
+                    return next_slot(later), acc, lax.optimization_barrier(zero_per_row)
 
                 def skip_step(_, slot):
-                    for arrived in full:
-                        plgpu.barrier_wait(arrived.at[slot])
+                    plgpu.barrier_wait(full.at[slot])
                     plgpu.barrier_arrive(empty.at[slot])
                     return next_slot(slot)
 
                 # A warpgroup whose rows all belong to another tile leaves the tensor cores to the others.
-                own_steps = jnp.where(now.first_row + own_first_rows[0] < now.row_end, now.num_steps, 0)
+                own_steps = jnp.where(now.first_row + own_first_row < now.row_end, now.num_steps, 0)
                 zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-                start = (slot, [zeros] * waves, zero_per_row)
-                slot, accs, _ = lax.fori_loop(0, own_steps, multiply_step, start)
+                carry, steps_done = (slot, zeros), 0
+                if tile.in_flight == 2:
+                    pairs = lax.div(own_steps, 2)
+                    *carry, _ = lax.fori_loop(0, pairs, multiply_two_steps, (*carry, zero_per_row))
+                    steps_done = 2 * pairs
+                slot, acc = lax.fori_loop(steps_done, own_steps, multiply_step, tuple(carry))
                 slot = lax.fori_loop(own_steps, now.num_steps, skip_step, slot)
                 if is_blockwise:
                     plgpu.barrier_arrive(empty_blocks.at[parity])
-                for wave, acc in enumerate(accs):
-                    store_wave(wave, acc.astype(out_type.dtype), now)
-                    if with_squares:
-                        squares += jnp.sum(jnp.square(acc), axis=1)
+                store(acc.astype(out_type.dtype), now)
+                if with_squares:
+                    squares += jnp.sum(jnp.square(acc), axis=1)
                 return slot, later, squares
 
-            def store_wave(wave, out_tile, now):
+            def store(out_tile, now):
                 matrix = (now.group,) if len(out_type.shape) == 3 else ()
-                first_row = pl.multiple_of(now.first_row, WARPGROUP_ROWS) + own_first_rows[wave]
+                first_row = pl.multiple_of(now.first_row, WARPGROUP_ROWS) + own_first_row
                 block_rows = pl.ds(first_row, WARPGROUP_ROWS)
                 width = tile.store_columns
-                # Slots in flight are known until a block is left out. In a wave, those after it are left out too; if it
-                # was for its rows, so are all later waves. If it may be for its columns, each wave starts anew.
-                is_whole = columns == width or out_columns % columns == 0
-                stored_before = wave * (columns // width) if is_whole else 0
-                for i, start in enumerate(range(0, columns, width), start=stored_before):
+                for i, start in enumerate(range(0, columns, width)):
                     first_column = pl.multiple_of(now.first_column, columns) + start
                     block = out_tile[:, start : start + width]
 
@@ -329,10 +350,7 @@ def scaled_matmul(
             plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
             plgpu.Barrier(num_barriers=2, num_arrivals=len(scale_boxes(block_scales))),
             plgpu.Barrier(num_barriers=2, num_arrivals=warpgroups),
-            [
-                plgpu.Barrier(num_barriers=stages, num_arrivals=3 if is_blockwise else 4),
-                *[plgpu.Barrier(num_barriers=stages, num_arrivals=2)] * (waves - 1),
-            ],
+            plgpu.Barrier(num_barriers=stages, num_arrivals=3 if is_blockwise else 4),
             plgpu.ClusterBarrier(collective_axes=("block",), num_barriers=stages) if is_clustered else None,
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
@@ -351,7 +369,7 @@ def find_addresses(a_smem: Any, b_smem: Any, a_scales_smem: Any, *, transforms: 
     it computes after it, and these are a chain of five instructions.
 
     Args:
-      a_smem: codes of the 64 rows of a wave, 128 deep.
+      a_smem: codes of 64 rows, 128 deep.
       b_smem: codes of the columns.
       a_scales_smem: of the rows.
       transforms: of the declaration of the codes.
@@ -372,11 +390,14 @@ def find_addresses(a_smem: Any, b_smem: Any, a_scales_smem: Any, *, transforms: 
     find(a_smem, b_smem, a_scales_smem)
 
 
-def require_cluster(tile: Tile, wave_rows: int) -> None:
-    """Raises a ValueError for a cluster that leaves multiprocessors idle or whose share of a wave TMA cannot copy."""
+def require_possible(tile: Tile) -> None:
+    """Raises a ValueError for a tile that idles multiprocessors, that TMA cannot share, or that waits for ever."""
+    require(tile.in_flight in (1, 2), "tile.in_flight", tile.in_flight, "must be 1 or 2")
+    fix = f"must be at least tile.in_flight={tile.in_flight}: a product is begun before the stage of the last is free"
+    require(tile.stages >= tile.in_flight, "tile.stages", tile.stages, fix)
     require(NUM_SMS % tile.cluster == 0, "tile.cluster", tile.cluster, f"must divide {NUM_SMS} multiprocessors")
-    share_is_whole = wave_rows % (TMA_SCALE_ROW * tile.cluster) == 0
-    fix = f"must divide the {wave_rows} rows of a wave into multiples of {TMA_SCALE_ROW}"
+    share_is_whole = tile.rows % (TMA_SCALE_ROW * tile.cluster) == 0
+    fix = f"must divide the {tile.rows} rows of a tile into multiples of {TMA_SCALE_ROW}"
     require(share_is_whole, "tile.cluster", tile.cluster, fix)
 
 

@@ -24,7 +24,7 @@ LINEARS = [
 ]  # fmt: skip
 LINEARS += [(inputs, outputs) for outputs, inputs in LINEARS]
 TOKENS = (1, 16, 64, 128, 136, 4096)
-GROUPS, GROUPED_ROWS = 8, 8192
+GROUPS, GROUPED_ROWS, ROWS_OF_LARGE_GROUPS = 8, 8192, 32768
 
 
 class Call(NamedTuple):
@@ -64,10 +64,11 @@ def product_calls() -> dict[str, Call]:
         candidates[f"gradient {outputs} x {inputs}"] = Call(
             functools.partial(dense.fp8_matmul, out_dtype=jnp.float32), (rows(outputs, 4096), rows(inputs, 4096))
         )
-        candidates[f"grouped {outputs} over {inputs}"] = Call(
-            functools.partial(grouped.grouped_fp8_matmul, **aligned),
-            (rows(GROUPED_ROWS, inputs), blocks(GROUPS, outputs, inputs), sizes),
-        )
+        for name, num_rows in {"grouped": GROUPED_ROWS, "large groups": ROWS_OF_LARGE_GROUPS}.items():
+            candidates[f"{name} {outputs} over {inputs}"] = Call(
+                functools.partial(grouped.grouped_fp8_matmul, **aligned),
+                (rows(num_rows, inputs), blocks(GROUPS, outputs, inputs), sizes),
+            )
         candidates[f"grouped gradient {outputs} x {inputs}"] = Call(
             functools.partial(grouped.grouped_fp8_weight_gradient, **aligned),
             (rows(outputs, GROUPED_ROWS), rows(inputs, GROUPED_ROWS), sizes),
@@ -96,48 +97,45 @@ def tile_of(call: Call) -> Any:
     raise AssertionError("the product ran neither of its kernels")
 
 
-def clustered_tiles(out_dtype: Any) -> dict[str, Tile]:
-    """Returns tiles of thread blocks in clusters of two, by what tells them apart."""
+def unusual_tiles(out_dtype: Any) -> dict[str, Tile]:
+    """Returns tiles in clusters of two and with two partial products in flight, by what tells them apart."""
     width = 128 // jnp.dtype(out_dtype).itemsize
-    in_waves = Tile(warpgroups=2, waves=2, store_columns=width, cluster=2)
+    two_in_flight = Tile(warpgroups=2, in_flight=2, store_columns=width)
     return {
         "in clusters": Tile(store_columns=width, cluster=2),
-        "in clusters and waves": in_waves,
-        "in clusters and waves of 3 stages": dataclasses.replace(
-            in_waves, stages=3, store_columns=2 * width, store_slots=2, early_addresses=True
+        "with two in flight": two_in_flight,
+        "with two in flight of 2 stages": dataclasses.replace(two_in_flight, stages=2, early_addresses=True),
+        "with two in flight in clusters of 5 stages": dataclasses.replace(
+            two_in_flight, stages=5, cluster=2, store_columns=2 * width, early_addresses=True
         ),
     }
 
 
 def ragged_calls() -> dict[str, Call]:
-    """Returns calls of the FP8 products whose sizes no tile divides, and of tiles in waves and in clusters."""
+    """Returns calls of the FP8 products whose sizes no tile divides, of tuned and of other tiles."""
     sizes = jax.ShapeDtypeStruct((3,), jnp.int32)
-    in_waves = Tile(warpgroups=2, waves=2, store_columns=64)
-    gradient_in_waves = dataclasses.replace(in_waves, store_columns=32)
     product, gradient = (rows(4071, 7185), blocks(2117, 7185)), (rows(581, 1007), rows(2117, 1007))
     grouped_product = (rows(896, 719), blocks(3, 581, 719), sizes)
     grouped_gradient = (rows(581, 1024), rows(719, 1024), sizes)
     multiply_groups = functools.partial(grouped.grouped_fp8_matmul, alignment=128)
     gradients_of_groups = functools.partial(grouped.grouped_fp8_weight_gradient, alignment=256)
     gradient_of = functools.partial(dense.fp8_matmul, out_dtype=jnp.float32)
-    clustered = {}
-    for name, tile in clustered_tiles(jnp.bfloat16).items():
-        clustered[f"ragged {name}"] = Call(functools.partial(dense.fp8_matmul, tile=tile), product)
-        clustered[f"ragged grouped {name}"] = Call(functools.partial(multiply_groups, tile=tile), grouped_product)
-    for name, tile in clustered_tiles(jnp.float32).items():
-        clustered[f"ragged gradient {name}"] = Call(functools.partial(gradient_of, tile=tile), gradient)
-        clustered[f"ragged grouped gradient {name}"] = Call(
+    unusual = {}
+    for name, tile in unusual_tiles(jnp.bfloat16).items():
+        unusual[f"ragged {name}"] = Call(functools.partial(dense.fp8_matmul, tile=tile), product)
+        unusual[f"ragged grouped {name}"] = Call(functools.partial(multiply_groups, tile=tile), grouped_product)
+    for name, tile in unusual_tiles(jnp.float32).items():
+        unusual[f"ragged gradient {name}"] = Call(functools.partial(gradient_of, tile=tile), gradient)
+        unusual[f"ragged grouped gradient {name}"] = Call(
             functools.partial(gradients_of_groups, tile=tile), grouped_gradient
         )
-        clustered[f"ragged gradient with squares {name}"] = Call(
+        unusual[f"ragged gradient with squares {name}"] = Call(
             functools.partial(dense.fp8_matmul_with_squares, tile=tile), gradient
         )
-    return clustered | {
+    return unusual | {
         "ragged": Call(dense.fp8_matmul, product),
         "ragged, few rows": Call(dense.fp8_matmul, (rows(7, 1551), blocks(581, 1551))),
         "ragged gradient": Call(gradient_of, gradient),
-        "ragged in waves": Call(functools.partial(dense.fp8_matmul, tile=in_waves), product),
-        "ragged gradient in waves": Call(functools.partial(gradient_of, tile=gradient_in_waves), gradient),
         "ragged grouped": Call(multiply_groups, grouped_product),
         "ragged grouped gradient": Call(gradients_of_groups, grouped_gradient),
         "ragged gradient with squares": Call(dense.fp8_matmul_with_squares, gradient),

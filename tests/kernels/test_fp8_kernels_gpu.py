@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper_cases import clustered_tiles, other_calls, product_calls, ragged_calls
+from hopper_cases import other_calls, product_calls, ragged_calls, unusual_tiles
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from tensor_core_rounding import assert_product, widen
 
@@ -115,9 +115,9 @@ def interpreter(monkeypatch):
 
 FENCED = Tile(warpgroups=2, stages=2, fence=True)  # the race detector does not know why the fence can be left out
 FENCED_FLOAT32 = Tile(warpgroups=2, stages=2, store_columns=32, store_slots=2, fence=True)
-IN_WAVES = dataclasses.replace(FENCED_FLOAT32, warpgroups=1, waves=2)
+TWO_IN_FLIGHT = dataclasses.replace(FENCED_FLOAT32, in_flight=2)
 IN_CLUSTERS = dataclasses.replace(FENCED_FLOAT32, cluster=2)
-IN_WAVES_AND_CLUSTERS = dataclasses.replace(IN_WAVES, cluster=2, early_addresses=True)
+TWO_IN_FLIGHT_IN_CLUSTERS = dataclasses.replace(IN_CLUSTERS, in_flight=2, stages=3, early_addresses=True)
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,10 @@ IN_WAVES_AND_CLUSTERS = dataclasses.replace(IN_WAVES, cluster=2, early_addresses
     [
         ((200, 141, 319), "block", jnp.bfloat16, FENCED),
         ((131, 157, 270), "row", jnp.float32, FENCED_FLOAT32),
-        ((200, 141, 319), "block", jnp.bfloat16, IN_WAVES),
-        ((131, 157, 270), "row", jnp.float32, IN_WAVES),
+        ((200, 141, 319), "block", jnp.bfloat16, TWO_IN_FLIGHT),
+        ((131, 157, 270), "row", jnp.float32, TWO_IN_FLIGHT),
         ((131, 300, 319), "block", jnp.bfloat16, IN_CLUSTERS),
-        ((131, 90, 270), "row", jnp.float32, IN_WAVES_AND_CLUSTERS),
+        ((131, 90, 270), "row", jnp.float32, TWO_IN_FLIGHT_IN_CLUSTERS),
         ((69, 99, 391), "block", jnp.bfloat16, FewRowsTile(columns=64, warpgroups=2, stages=4, fence=True)),
     ],
 )
@@ -140,7 +140,7 @@ def test_dense_kernels_in_the_interpreter_without_races(interpreter, shape, b_ti
 
 @pytest.mark.parametrize(
     ("tile", "gradient_tile"),
-    [(FENCED, FENCED_FLOAT32), (IN_WAVES, IN_WAVES), (IN_CLUSTERS, IN_WAVES_AND_CLUSTERS)],
+    [(FENCED, FENCED_FLOAT32), (TWO_IN_FLIGHT, TWO_IN_FLIGHT), (IN_CLUSTERS, TWO_IN_FLIGHT_IN_CLUSTERS)],
 )
 def test_grouped_kernels_in_the_interpreter_without_races(interpreter, tile, gradient_tile):
     sizes = (130, 0, 5)
@@ -160,10 +160,8 @@ def test_grouped_kernels_in_the_interpreter_without_races(interpreter, tile, gra
     ("shape", "changes"),
     [
         ((130, 160, 128), {}),
-        ((200, 160, 128), {"waves": 2}),
-        ((200, 256, 128), {"waves": 2}),
-        ((200, 256, 128), {"waves": 2, "store_slots": 3}),
-        ((200, 160, 128), {"waves": 2, "store_columns": 128}),
+        ((200, 256, 128), {"store_slots": 3}),
+        ((200, 160, 128), {"store_columns": 128}),
     ],
 )
 def test_partial_tiles_leave_stores_under_way_alone(interpreter, monkeypatch, shape, changes):
@@ -184,7 +182,7 @@ def test_contractions_in_parts_in_the_interpreter_without_races(interpreter, mon
     assert_rounded_once(actual, reference.fp8_matmul(a, b, out_dtype=jnp.float32))
 
 
-@pytest.mark.parametrize("tile", [FENCED_FLOAT32, IN_WAVES_AND_CLUSTERS])
+@pytest.mark.parametrize("tile", [FENCED_FLOAT32, TWO_IN_FLIGHT_IN_CLUSTERS])
 def test_squares_add_up_in_the_interpreter_without_races(interpreter, monkeypatch, tile):
     """Of partial tiles, of several tiles of one thread block, of groups without rows, of parts of a contraction."""
     a, b = dense_operands(331, 300, 270, b_tile="row")
@@ -210,12 +208,24 @@ def assert_squares_of(actual: tuple[jax.Array, jax.Array], expected: jax.Array) 
     ("tile", "words"),
     [
         (Tile(cluster=5), r"tile.cluster=5: must divide 132 multiprocessors"),
-        (Tile(warpgroups=1, cluster=4), r"tile.cluster=4: must divide the 64 rows of a wave into multiples of 32"),
+        (Tile(warpgroups=1, cluster=4), r"tile.cluster=4: must divide the 64 rows of a tile into multiples of 32"),
+        (Tile(in_flight=3), r"tile.in_flight=3: must be 1 or 2"),
+        (Tile(in_flight=2, stages=1), r"tile.stages=1: must be at least tile.in_flight=2"),
     ],
 )
-def test_clusters_that_cannot_share_the_rows_are_refused(tile, words):
+def test_impossible_tiles_are_refused(tile, words):
     with pytest.raises(ValueError, match=words):
         dense.fp8_matmul(*dense_operands(200, 144, 320, b_tile="block"), tile=tile)
+
+
+@pytest.mark.parametrize(
+    ("shape", "in_flight"),
+    [((4096, 4096), 2), ((4096, 7168), 2), ((192, 2112), 2), ((4096, 2112), 1), ((8192, 8192), 1)],
+)
+def test_a_dense_product_gets_the_tile_with_which_all_are_ready_first(shape, in_flight):
+    """Of 6 rounds of 192 rows and 8 of 128, the latter are shorter; of 3 and 5, the former; of 1 and 1, the latter."""
+    for out_dtype in (jnp.bfloat16, jnp.float32):
+        assert tuned.fp8_matmul(*shape, out_dtype).in_flight == in_flight
 
 
 @pytest.mark.gpu
@@ -267,20 +277,20 @@ def test_grouped_kernels_on_hopper(sizes, widths, spread):
     "shape", [(300, 2112, 7168), (4096, 2112, 512), (1, 576, 1552), (129, 100, 320), (2000, 576, 7184)]
 )
 @pytest.mark.parametrize(("b_tile", "out_dtype"), [("block", jnp.bfloat16), ("row", jnp.float32)])
-@pytest.mark.parametrize("name", clustered_tiles(jnp.bfloat16))
-def test_dense_kernels_in_clusters_on_hopper(shape, b_tile, out_dtype, name):
+@pytest.mark.parametrize("name", unusual_tiles(jnp.bfloat16))
+def test_dense_kernels_with_unusual_tiles_on_hopper(shape, b_tile, out_dtype, name):
     a, b = dense_operands(*shape, b_tile=b_tile)
-    tile = clustered_tiles(out_dtype)[name]
+    tile = unusual_tiles(out_dtype)[name]
     assert_product(dense.fp8_matmul(a, b, out_dtype=out_dtype, tile=tile), widen(a), widen(b), out_dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [(130, 0, 5, 1000), (0, 0, 2000), (777,), (0, 0), (1, 700, 129, 3, 4000, 260)])
 @pytest.mark.parametrize("widths", [(576, 720), (2112, 300)])
-@pytest.mark.parametrize("name", clustered_tiles(jnp.bfloat16))
-def test_grouped_kernels_in_clusters_on_hopper(sizes, widths, name):
+@pytest.mark.parametrize("name", unusual_tiles(jnp.bfloat16))
+def test_grouped_kernels_with_unusual_tiles_on_hopper(sizes, widths, name):
     """Of groups of uneven sizes, warpgroups that have no rows pass over steps: there clusters could stop for ever."""
-    tile, gradient_tile = clustered_tiles(jnp.bfloat16)[name], clustered_tiles(jnp.float32)[name]
+    tile, gradient_tile = unusual_tiles(jnp.bfloat16)[name], unusual_tiles(jnp.float32)[name]
     assert_grouped_products(grouped_operands(sizes, *widths), tile=tile, gradient_tile=gradient_tile)
 
 

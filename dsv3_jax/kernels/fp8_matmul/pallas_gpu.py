@@ -31,7 +31,8 @@ def fp8_matmul(
     """
     if tile is None:
         has_few_rows = len(a.codes) <= MAX_ROWS and b.tile == "block"
-        tile = tuned.few_rows(*b.codes.shape) if has_few_rows else tuned.fp8_matmul(out_dtype)
+        shape = len(a.codes), len(b.codes)
+        tile = tuned.few_rows(*b.codes.shape) if has_few_rows else tuned.fp8_matmul(*shape, out_dtype)
     if isinstance(tile, tuned.FewRowsTile):
         out_type = jax.ShapeDtypeStruct((len(a.codes), len(b.codes)), out_dtype)
         return few_rows_matmul(a, b, out_type=out_type, tile=tile)
@@ -43,7 +44,7 @@ def fp8_matmul_with_squares(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the product of `fp8_matmul` in float32, and the sum of the squares of all of it."""
     if tile is None:
-        tile = tuned.fp8_matmul(jnp.float32)
+        tile = tuned.fp8_matmul(len(a.codes), len(b.codes), jnp.float32)
     return _multiply(a, b, jnp.float32, tile, with_squares=True)
 
 

@@ -33,10 +33,10 @@ def grouped_fp8_matmul(
     Args:
       tile: shape of the work of one thread block; None takes the tuned one.
     """
-    if tile is None:
-        tile = tuned_fp8.product(out_dtype)
     num_rows, contraction = a.codes.shape
     num_groups, columns, _ = b.codes.shape
+    if tile is None:
+        tile = tuned_fp8.product(num_rows / num_groups, out_dtype)
     column_tiles = pl.cdiv(columns, tile.cluster_columns)
     live_E = -(-group_sizes_E // alignment) * alignment
     tables = _row_tiles(live_E, tile.rows, max_tiles=num_rows // tile.rows + num_groups)
