@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8 import formats
 from dsv3_jax.fp8.formats import E5M6Array, QuantizedArray
-from dsv3_jax.kernels.block_quantize import pallas_gpu, reference
+from dsv3_jax.kernels.block_quantize import instructions, pallas_gpu, reference
 
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="interpreting transposed shared memory needs JAX 0.11 or later"
@@ -116,6 +116,11 @@ def interpreter(monkeypatch):
     # TMA reads zeros outside a tensor
     params = InterpretGPUParams(detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
     monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=params))
+    # it has none of a GPU's own instructions
+    monkeypatch.setattr(instructions, "reciprocals", lambda x, _: 1 / x)
+    monkeypatch.setattr(
+        instructions, "largest_magnitudes", lambda x, _: jnp.where(jnp.isnan(x), 0, jnp.abs(x)).max(axis=-1)
+    )
     yield
     assert not interpret_pallas_call.get_races().races_found
     interpret_pallas_call.reset_gpu_interpret_mode_state()

@@ -40,9 +40,9 @@ def quantize_rows_and_encode(x_RK: jax.Array) -> tuple[QuantizedArray, E5M6Array
         low_codes = None
         for part in range(2):
             values = plgpu.layout_cast(x_smem[part], ROWS).astype(jnp.float32)
-            codes_smem[part], scales_smem[part] = tiles.quantize(values)
+            codes_smem[part], scales_smem[part] = tiles.quantize(values, ROWS)
             e5m6_scales_smem[part], inverses = tiles.row_scales(
-                values, largest=formats.E5M6_MAX, smallest=formats.E5M6_SMALLEST
+                values, ROWS, largest=formats.E5M6_MAX, smallest=formats.E5M6_SMALLEST
             )
             e5m6_codes = formats.e5m6_codes(values * inverses)
             high_smem[part] = (e5m6_codes >> 4).astype(jnp.uint8)

@@ -13,11 +13,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
+from dsv3_jax.kernels.block_quantize import instructions
 from dsv3_jax.kernels.block_quantize.e5m6 import decode_columns, quantize_rows_and_encode
 from dsv3_jax.kernels.block_quantize.rms_norm import rms_norm_rows
-from dsv3_jax.kernels.block_quantize.tiles import CHUNK, Block, Operand, Result, for_each_tile
+from dsv3_jax.kernels.block_quantize.tiles import CHUNK, COLUMNS, Block, Operand, Result, for_each_tile
 from dsv3_jax.kernels.block_quantize.weights import quantize_weights
 
 __all__ = [
@@ -96,7 +98,7 @@ def swiglu_rows(gate_up_MX: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
         yield gate.rows(chunk)
         yield up.rows(chunk)
         gate_values = gate.rows(chunk)
-        yield gate_values * _sigmoid(gate_values) * up.rows(chunk)
+        yield gate_values * _sigmoid(gate_values, gate.row_layout) * up.rows(chunk)
 
     gate_up, hidden = for_each_tile(
         chunk_values,
@@ -117,7 +119,7 @@ def swiglu_columns(gate_up: QuantizedArray) -> QuantizedArray:
 
     def chunk_values(chunk, gate, up):
         gate = gate.columns(chunk)
-        yield gate * _sigmoid(gate) * up.columns(chunk)
+        yield gate * _sigmoid(gate, COLUMNS) * up.columns(chunk)
 
     (hidden,) = for_each_tile(
         chunk_values,
@@ -135,9 +137,10 @@ def swiglu_gradient(gate_up: QuantizedArray, dhidden_MF: jax.Array) -> tuple[Qua
     """Quantizes rows and columns of the gradients of gate and up."""
 
     def chunk_values(chunk, gate, up, dhidden):
-        for read in (Block.rows, Block.columns):
-            read_up = functools.partial(read, up, chunk)
-            yield from _gate_and_up_gradients(read(gate, chunk), read_up, read(dhidden, chunk))
+        for read, layout in ((Block.rows, gate.row_layout), (Block.columns, COLUMNS)):
+            gate_values = read(gate, chunk)
+            sigmoid = _sigmoid(gate_values, layout)
+            yield from _gradients(gate_values, functools.partial(read, up, chunk), read(dhidden, chunk), sigmoid)
 
     by_rows, by_columns = _swiglu_gradient(chunk_values, gate_up, dhidden_MF, "swiglu_gradient")
     return by_rows, by_columns
@@ -150,13 +153,16 @@ def weighted_swiglu_gradient(
 
     def chunk_values(chunk, gate, up, dhidden, weights):
         gate_values, dhidden_values = gate.rows(chunk), dhidden.rows(chunk)
-        sigmoid = _sigmoid(gate_values)
-        dup = dhidden_values * gate_values * sigmoid
-        yield (dup * up.rows(chunk)).sum(axis=1)
-        factors = weights.rows(chunk)
-        yield from _both_gradients(dhidden_values * factors, sigmoid, dup * factors, functools.partial(up.rows, chunk))
+        sigmoid = _sigmoid(gate_values, gate.row_layout)
+        yield (dhidden_values * sigmoid * gate_values * up.rows(chunk)).sum(axis=1)
+        yield from _gradients(
+            gate_values, functools.partial(up.rows, chunk), dhidden_values * weights.rows(chunk), sigmoid
+        )
+        gate_values = gate.columns(chunk)
         weighted = dhidden.columns(chunk) * weights.columns(chunk)
-        yield from _gate_and_up_gradients(gate.columns(chunk), functools.partial(up.columns, chunk), weighted)
+        yield from _gradients(
+            gate_values, functools.partial(up.columns, chunk), weighted, _sigmoid(gate_values, COLUMNS)
+        )
 
     by_rows, by_columns, sums_fM = _swiglu_gradient(
         chunk_values, gate_up, dhidden_MF, "weighted_swiglu_gradient", (weights_M,)
@@ -182,16 +188,14 @@ def _swiglu_gradient(chunk_values, gate_up: QuantizedArray, dhidden_MF: jax.Arra
     )
 
 
-def _gate_and_up_gradients(gate: jax.Array, read_up: Callable, dhidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-    sigmoid = _sigmoid(gate)
-    return _both_gradients(dhidden, sigmoid, dhidden * gate * sigmoid, read_up)
-
-
-def _both_gradients(
-    dhidden: jax.Array, sigmoid: jax.Array, dup: jax.Array, read_up: Callable
+def _gradients(
+    gate: jax.Array, read_up: Callable, dhidden: jax.Array, sigmoid: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    # Both gradients before either is quantized: fewer registers, so that two thread blocks share an SM.
-    return (dhidden * sigmoid + dup * (1 - sigmoid)) * read_up(), dup
+    """Returns the gradients of gate and up, with the derivative of silu as sigmoid · (1 + gate · (1 - sigmoid))."""
+    # Both before either is quantized: fewer registers, so that two thread blocks share an SM.
+    scaled = dhidden * sigmoid
+    dup = scaled * gate
+    return (scaled + dup * (1 - sigmoid)) * read_up(), dup
 
 
 def _quantize_columns(tensor: jax.Array | QuantizedArray, shape: tuple[int, int], name: str) -> QuantizedArray:
@@ -212,6 +216,5 @@ def _quantize_columns(tensor: jax.Array | QuantizedArray, shape: tuple[int, int]
     return columns
 
 
-def _sigmoid(x: jax.Array) -> jax.Array:
-    # exp2(-log2(y)) is two instructions; 1 / y would be six, four of them for y near float32's limits.
-    return jnp.exp2(-jnp.log2(1.0 + jnp.exp2(x * -LOG2_E)))
+def _sigmoid(x: jax.Array, layout: plgpu.Layout) -> jax.Array:
+    return instructions.reciprocals(1.0 + jnp.exp2(x * -LOG2_E), layout)

@@ -67,7 +67,7 @@ def rms_norm_rows(x_RD: jax.Array, weight_D: jax.Array, eps: float) -> Quantized
             where = own_step(number)
             step_weight = plgpu.load(weight, (where, slice(None)), layout=LAYOUT.reduce(0), optimized=False)
             values = read(number) * inverse_rms * lax.broadcast_in_dim(step_weight, shape, [1, 2])
-            step_codes, step_scales = tiles.quantize(values)
+            step_codes, step_scales = tiles.quantize(values, LAYOUT)
             codes.at[own_rows, where][...] = step_codes
             scales.at[where, own_rows].T[...] = plgpu.layout_cast(step_scales, LAYOUT.reduce(2))
             return 0

@@ -17,13 +17,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.fp8 import formats
 from dsv3_jax.fp8.formats import E4M3, TILE, QuantizedArray
+from dsv3_jax.kernels.block_quantize import instructions
 from dsv3_jax.kernels.hopper import segmented
 
 ROW_MULTIPLE = 16  # of the rows of every tensor
 SEGMENT = 64  # columns that lie together in shared memory; the columns of every operand are a multiple
 NARROW_SEGMENT = 16  # of codes whose columns are not
 CHUNK = 64  # rows that a warpgroup quantizes at a time: 64 values per thread
-_ABOVE_INFINITY = 0xFFFFFF  # bits of a float32 infinity, shifted by the sign, to the largest integer
 
 # Eight lanes share a row and hold 8 neighbours of each of its halves: 16-byte loads, 3 shuffles for a maximum.
 _ROWS = fragmented_array.TiledLayout(
@@ -137,6 +137,7 @@ def for_each_tile(
         outputs, refs = _by_output(refs[: len(out_types)], are_sums), refs[len(out_types) :]
         copies, (codes_smem, scales_smem, is_full) = refs[: len(arrays)], refs[len(arrays) :]
         i, j = lax.axis_index("row"), lax.axis_index("column")
+        layout = ROWS if is_segmented else COLUMNS
 
         def store(number, chunk, values):
             slot = number % slots
@@ -147,7 +148,7 @@ def for_each_tile(
             if is_sum:
                 own_scales[...] = values
             else:
-                own_codes[...], own_scales[...] = quantize(values)
+                own_codes[...], own_scales[...] = quantize(values, COLUMNS if is_transposed else layout)
             plgpu.commit_smem()
             along_rows, along_columns = i, j + first_tile
             if is_transposed:
@@ -171,7 +172,7 @@ def for_each_tile(
         for source, copy, index_of in zip(inputs, copies, transfers):
             plgpu.copy_gmem_to_smem(source.at[index_of(i, j)], copy, is_full)
         plgpu.barrier_wait(is_full)
-        copies, layout = iter(copies), ROWS if is_segmented else COLUMNS
+        copies = iter(copies)
         blocks = []
         for tensor, _ in operands:
             values = next(copies)
@@ -255,29 +256,19 @@ def copy_scales(own: Any, scales: Any, row: Any, num_rows: int) -> None:
             plgpu.copy_smem_to_gmem(piece, scales.at[rows], commit_group=False)
 
 
-def quantize(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantize(values: jax.Array, layout: plgpu.Layout) -> tuple[jax.Array, jax.Array]:
     """Returns the codes of float32 values in registers, and the scale of each of their rows."""
-    scales, inverses = row_scales(values)
+    scales, inverses = row_scales(values, layout)
     return (values * inverses).astype(E4M3), scales
 
 
-def row_scales(values: jax.Array, **limits: float) -> tuple[jax.Array, jax.Array]:
+def row_scales(values: jax.Array, layout: plgpu.Layout, **limits: float) -> tuple[jax.Array, jax.Array]:
     """Returns the scale of each row of float32 values, and its inverse spread over the row.
 
     Args:
       values: in registers.
+      layout: of the values.
       limits: those of the number format, see `formats.power_of_two_scales`; none are E4M3's.
     """
-    scales, inverses = formats.power_of_two_scales(_largest(values), **limits)
+    scales, inverses = formats.power_of_two_scales(instructions.largest_magnitudes(values, layout), **limits)
     return scales, lax.broadcast_in_dim(inverses, values.shape, range(values.ndim - 1))
-
-
-def _largest(values: jax.Array) -> jax.Array:
-    """Returns the largest magnitude of each row, leaving NaN out.
-
-    Magnitudes order like their bits without the sign. Adding what the bits of infinity lack to the largest integer
-    makes NaN wrap around to less than zero's; both steps are one instruction.
-    """
-    ordered = lax.bitcast_convert_type(values, jnp.uint32) * 2 + _ABOVE_INFINITY
-    largest = jnp.maximum(ordered.max(axis=-1), _ABOVE_INFINITY) - _ABOVE_INFINITY
-    return lax.bitcast_convert_type(largest >> 1, jnp.float32)
