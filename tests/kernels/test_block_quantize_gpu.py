@@ -118,6 +118,7 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=params))
     # it has none of a GPU's own instructions
     monkeypatch.setattr(instructions, "reciprocals", lambda x, _: 1 / x)
+    monkeypatch.setattr(instructions, "widen", lambda x, _: x.astype(jnp.float32))
     monkeypatch.setattr(
         instructions, "largest_magnitudes", lambda x, _: jnp.where(jnp.isnan(x), 0, jnp.abs(x)).max(axis=-1)
     )

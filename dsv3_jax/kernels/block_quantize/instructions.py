@@ -5,10 +5,11 @@ Pallas's interpreter cannot run them: a test that interprets puts functions of t
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, math, nvvm
+from jaxlib.mlir.dialects import arith, math, nvvm, vector
 
 
 def reciprocals(x: jax.Array, layout: plgpu.Layout) -> jax.Array:
@@ -19,6 +20,32 @@ def reciprocals(x: jax.Array, layout: plgpu.Layout) -> jax.Array:
         return x.foreach(lambda value, _: nvvm.rcp_approx_ftz_f(value), create_array=True)
 
     return divide(x)
+
+
+def widen(x: jax.Array, layout: plgpu.Layout) -> jax.Array:
+    """Returns bfloat16 as float32: one instruction a value, where the compiler takes two for each second one."""
+
+    def widen_pairs(pairs: ir.Value) -> ir.Value:
+        (size,) = ir.VectorType(pairs.type).shape
+        words = ir.VectorType.get((size // 2,), ir.IntegerType.get_signless(32))
+        bits = vector.bitcast(words, pairs)
+
+        def splat(word: int) -> ir.Value:
+            one = ir.IntegerAttr.get(words.element_type, word)
+            return arith.constant(words, ir.DenseElementsAttr.get_splat(words, one))
+
+        low, high = arith.shli(bits, splat(16)), arith.andi(bits, splat(-0x10000))
+        mask = [half * (size // 2) + pair for pair in range(size // 2) for half in range(2)]
+        return vector.bitcast(ir.VectorType.get((size,), ir.F32Type.get()), vector.shuffle(low, high, mask))
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout))
+    def convert(_, x: FragmentedArray) -> FragmentedArray:
+        registers = np.empty_like(x.registers)
+        for index, pairs in np.ndenumerate(x.registers):
+            registers[index] = widen_pairs(pairs)
+        return FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    return convert(x)
 
 
 def largest_magnitudes(x: jax.Array, layout: plgpu.Layout) -> jax.Array:

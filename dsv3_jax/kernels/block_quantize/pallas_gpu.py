@@ -19,7 +19,7 @@ from dsv3_jax.fp8.formats import TILE, QuantizedArray, num_tiles
 from dsv3_jax.kernels.block_quantize import instructions
 from dsv3_jax.kernels.block_quantize.e5m6 import decode_columns, quantize_rows_and_encode
 from dsv3_jax.kernels.block_quantize.rms_norm import rms_norm_rows
-from dsv3_jax.kernels.block_quantize.tiles import CHUNK, COLUMNS, Block, Operand, Result, for_each_tile
+from dsv3_jax.kernels.block_quantize.tiles import CHUNK, COLUMNS, Block, Operand, Result, Scaled, for_each_tile
 from dsv3_jax.kernels.block_quantize.weights import quantize_weights
 
 __all__ = [
@@ -98,7 +98,7 @@ def swiglu_rows(gate_up_MX: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
         yield gate.rows(chunk)
         yield up.rows(chunk)
         gate_values = gate.rows(chunk)
-        yield gate_values * _sigmoid(gate_values, gate.row_layout) * up.rows(chunk)
+        yield gate_values * _sigmoid(gate_values * -LOG2_E, gate.row_layout) * up.rows(chunk)
 
     gate_up, hidden = for_each_tile(
         chunk_values,
@@ -119,7 +119,7 @@ def swiglu_columns(gate_up: QuantizedArray) -> QuantizedArray:
 
     def chunk_values(chunk, gate, up):
         gate = gate.columns(chunk)
-        yield gate * _sigmoid(gate, COLUMNS) * up.columns(chunk)
+        yield gate * _sigmoid(gate * -LOG2_E, COLUMNS) * up.columns(chunk)
 
     (hidden,) = for_each_tile(
         chunk_values,
@@ -137,10 +137,11 @@ def swiglu_gradient(gate_up: QuantizedArray, dhidden_MF: jax.Array) -> tuple[Qua
     """Quantizes rows and columns of the gradients of gate and up."""
 
     def chunk_values(chunk, gate, up, dhidden):
-        for read, layout in ((Block.rows, gate.row_layout), (Block.columns, COLUMNS)):
-            gate_values = read(gate, chunk)
-            sigmoid = _sigmoid(gate_values, layout)
-            yield from _gradients(gate_values, functools.partial(read, up, chunk), read(dhidden, chunk), sigmoid)
+        read_up = functools.partial(up.unscaled_rows, chunk)
+        dgate, dup = _gradients(*_gate_rows(gate, chunk), dhidden.rows(chunk), read_up)
+        yield Scaled(dgate, up.scales.of_rows(chunk))
+        yield Scaled(dup, gate.scales.of_rows(chunk))
+        yield from _gradients_of_columns(chunk, gate, up, dhidden.columns(chunk))
 
     by_rows, by_columns = _swiglu_gradient(chunk_values, gate_up, dhidden_MF, "swiglu_gradient")
     return by_rows, by_columns
@@ -152,17 +153,13 @@ def weighted_swiglu_gradient(
     """Quantizes rows and columns of the gradients of gate and up; and returns the gradients of the rows' weights."""
 
     def chunk_values(chunk, gate, up, dhidden, weights):
-        gate_values, dhidden_values = gate.rows(chunk), dhidden.rows(chunk)
-        sigmoid = _sigmoid(gate_values, gate.row_layout)
-        yield (dhidden_values * sigmoid * gate_values * up.rows(chunk)).sum(axis=1)
-        yield from _gradients(
-            gate_values, functools.partial(up.rows, chunk), dhidden_values * weights.rows(chunk), sigmoid
-        )
-        gate_values = gate.columns(chunk)
-        weighted = dhidden.columns(chunk) * weights.columns(chunk)
-        yield from _gradients(
-            gate_values, functools.partial(up.columns, chunk), weighted, _sigmoid(gate_values, COLUMNS)
-        )
+        gate_scales, up_scales, factors = (one.of_rows(chunk) for one in (gate.scales, up.scales, weights))
+        read_up = functools.partial(up.unscaled_rows, chunk)
+        dgate, dup = _gradients(*_gate_rows(gate, chunk), dhidden.rows(chunk), read_up)
+        yield (dup * read_up()).sum(axis=1) * (gate_scales * up_scales)
+        yield Scaled(dgate, up_scales * factors)
+        yield Scaled(dup, gate_scales * factors)
+        yield from _gradients_of_columns(chunk, gate, up, dhidden.columns(chunk) * weights.columns(chunk))
 
     by_rows, by_columns, sums_fM = _swiglu_gradient(
         chunk_values, gate_up, dhidden_MF, "weighted_swiglu_gradient", (weights_M,)
@@ -188,14 +185,33 @@ def _swiglu_gradient(chunk_values, gate_up: QuantizedArray, dhidden_MF: jax.Arra
     )
 
 
+def _gate_rows(gate: Block, chunk):
+    return gate.unscaled_rows(chunk), gate.scales.rows(chunk), gate.row_layout
+
+
+def _gradients_of_columns(chunk, gate: Block, up: Block, dhidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _gradients(gate.columns(chunk), 1.0, COLUMNS, dhidden, functools.partial(up.columns, chunk))
+
+
 def _gradients(
-    gate: jax.Array, read_up: Callable, dhidden: jax.Array, sigmoid: jax.Array
+    gate: jax.Array, scales: jax.Array, layout: plgpu.Layout, dhidden: jax.Array, read_up: Callable
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradients of gate and up, with the derivative of silu as sigmoid · (1 + gate · (1 - sigmoid))."""
-    # Both before either is quantized: fewer registers, so that two thread blocks share an SM.
+    """Returns the gradients of gate and up from both without their scales.
+
+    Args:
+      gate: codes as float32, of which these are the scales.
+      layout: of all.
+      dhidden: gradient of the product.
+      read_up: returns codes of up as float32.
+
+    Returns:
+      the gradient of gate, less the scales of up; and the gradient of up, less the scales of gate.
+    """
+    # Both before either is quantized: fewer registers, so that thread blocks share an SM.
+    sigmoid = _sigmoid(gate * (scales * -LOG2_E), layout)
     scaled = dhidden * sigmoid
     dup = scaled * gate
-    return (scaled + dup * (1 - sigmoid)) * read_up(), dup
+    return read_up() * (scaled + dup * (scales - scales * sigmoid)), dup
 
 
 def _quantize_columns(tensor: jax.Array | QuantizedArray, shape: tuple[int, int], name: str) -> QuantizedArray:
@@ -216,5 +232,6 @@ def _quantize_columns(tensor: jax.Array | QuantizedArray, shape: tuple[int, int]
     return columns
 
 
-def _sigmoid(x: jax.Array, layout: plgpu.Layout) -> jax.Array:
-    return instructions.reciprocals(1.0 + jnp.exp2(x * -LOG2_E), layout)
+def _sigmoid(exponents: jax.Array, layout: plgpu.Layout) -> jax.Array:
+    """Returns 1 / (1 + 2 ** exponents)."""
+    return instructions.reciprocals(1.0 + jnp.exp2(exponents), layout)

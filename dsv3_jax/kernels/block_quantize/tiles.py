@@ -25,6 +25,8 @@ SEGMENT = 64  # columns that lie together in shared memory; the columns of every
 NARROW_SEGMENT = 16  # of codes whose columns are not
 CHUNK = 64  # rows that a warpgroup quantizes at a time: 64 values per thread
 
+LARGEST_MULTIPLIER = 2.0**126  # of a value to be quantized
+
 # Eight lanes share a row and hold 8 neighbours of each of its halves: 16-byte loads, 3 shuffles for a maximum.
 _ROWS = fragmented_array.TiledLayout(
     fragmented_array.Tiling(((16, 64), (4, 64), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
@@ -53,6 +55,13 @@ class Result(NamedTuple):
     is_sum: bool = False
 
 
+class Scaled(NamedTuple):
+    """Values of a result times a factor per row, which is left to the multiplication with the scale's inverse."""
+
+    values: jax.Array  # float32 [chunk, 128]
+    factors: jax.Array  # float32 [chunk]
+
+
 class Factors(NamedTuple):
     """One float32 per row of a tile, in shared memory."""
 
@@ -61,9 +70,13 @@ class Factors(NamedTuple):
 
     def rows(self, chunk) -> jax.Array:
         """Returns those of a chunk of rows, spread over its columns."""
+        factors = self.of_rows(chunk)
+        return lax.broadcast_in_dim(factors, (*factors.shape, TILE), [0])
+
+    def of_rows(self, chunk) -> jax.Array:
+        """Returns those of a chunk of rows, float32 [64], or all of fewer."""
         rows = min(CHUNK, self.values.shape[0])
-        factors = plgpu.layout_cast(self.values[pl.ds(chunk * rows, rows)], self.row_layout.reduce(1))
-        return lax.broadcast_in_dim(factors, (rows, TILE), [0])
+        return plgpu.layout_cast(self.values[pl.ds(chunk * rows, rows)], self.row_layout.reduce(1))
 
     def columns(self, _) -> jax.Array:
         """Returns those of a tile of 128 rows, spread over 64 of its columns, transposed."""
@@ -80,22 +93,31 @@ class Block(NamedTuple):
 
     def rows(self, chunk) -> jax.Array:
         """Returns a chunk of the tile's rows, float32 [64, 128], or all of fewer."""
-        rows = min(CHUNK, self.values.shape[0])
-        values = plgpu.layout_cast(self.values[pl.ds(chunk * rows, rows)], self.row_layout).astype(jnp.float32)
+        values = self.unscaled_rows(chunk)
         return values if self.scales is None else values * self.scales.rows(chunk)
+
+    def unscaled_rows(self, chunk) -> jax.Array:
+        """Returns what `rows` multiplies with the scales."""
+        rows = min(CHUNK, self.values.shape[0])
+        values = plgpu.layout_cast(self.values[pl.ds(chunk * rows, rows)], self.row_layout)
+        return _to_float32(values, self.row_layout)
 
     def columns(self, chunk) -> jax.Array:
         """Returns 64 columns of a tile of 128 rows, transposed: float32 [64, 128]."""
+        values = self.unscaled_columns(chunk)
+        return values if self.scales is None else values * self.scales.columns(chunk)
+
+    def unscaled_columns(self, chunk) -> jax.Array:
+        """Returns what `columns` multiplies with the scales."""
         own = self.values.at[:, pl.ds(chunk * CHUNK, CHUNK)]
         values = plgpu.layout_cast(own.T[...], plgpu.Layout.WGMMA_TRANSPOSED)
         if values.dtype == E4M3:
             values = values.astype(jnp.float16)  # exact, and pairs of 16 bits change lanes in one shuffle
-        values = plgpu.layout_cast(values, COLUMNS).astype(jnp.float32)
-        return values if self.scales is None else values * self.scales.columns(chunk)
+        return _to_float32(plgpu.layout_cast(values, COLUMNS), COLUMNS)
 
 
 def for_each_tile(
-    chunk_values: Callable[..., Iterator[jax.Array]],
+    chunk_values: Callable[..., Iterator[jax.Array | Scaled]],
     operands: list[Operand],
     results: list[Result],
     *,
@@ -110,7 +132,7 @@ def for_each_tile(
 
     Args:
       chunk_values: (chunk, *blocks of the operands, *factors) -> iterator over the float32 values of each result:
-        [chunk, 128], of sums [chunk].
+        [chunk, 128], scaled or not; of sums [chunk].
       operands: what a thread block reads.
       results: what it writes, in the order of the values.
       output_shapes: [R, K] of each output: of the quantized array, or of what is summed over each tile of K.
@@ -256,8 +278,14 @@ def copy_scales(own: Any, scales: Any, row: Any, num_rows: int) -> None:
             plgpu.copy_smem_to_gmem(piece, scales.at[rows], commit_group=False)
 
 
-def quantize(values: jax.Array, layout: plgpu.Layout) -> tuple[jax.Array, jax.Array]:
+def _to_float32(values: jax.Array, layout: plgpu.Layout) -> jax.Array:
+    return instructions.widen(values, layout) if values.dtype == jnp.bfloat16 else values.astype(jnp.float32)
+
+
+def quantize(values: jax.Array | Scaled, layout: plgpu.Layout) -> tuple[jax.Array, jax.Array]:
     """Returns the codes of float32 values in registers, and the scale of each of their rows."""
+    if isinstance(values, Scaled):
+        return _quantize_scaled(*values, layout)
     scales, inverses = row_scales(values, layout)
     return (values * inverses).astype(E4M3), scales
 
@@ -272,3 +300,11 @@ def row_scales(values: jax.Array, layout: plgpu.Layout, **limits: float) -> tupl
     """
     scales, inverses = formats.power_of_two_scales(instructions.largest_magnitudes(values, layout), **limits)
     return scales, lax.broadcast_in_dim(inverses, values.shape, range(values.ndim - 1))
+
+
+def _quantize_scaled(values: jax.Array, factors: jax.Array, layout: plgpu.Layout) -> tuple[jax.Array, jax.Array]:
+    amax = instructions.largest_magnitudes(values, layout) * jnp.abs(factors)
+    scales, inverses = formats.power_of_two_scales(jnp.where(amax >= 0, amax, 0.0))  # NaN is left out
+    # Finite: zero stays zero.
+    multipliers = jnp.clip(factors * inverses, -LARGEST_MULTIPLIER, LARGEST_MULTIPLIER)
+    return (values * lax.broadcast_in_dim(multipliers, values.shape, [0])).astype(E4M3), scales
