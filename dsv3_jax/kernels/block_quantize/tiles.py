@@ -163,14 +163,14 @@ def for_each_tile(
 
         def store(number, chunk, values):
             slot = number % slots
-            if number >= slots or chunks > 1:
-                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
             own_codes, own_scales = codes_smem.at[slot], scales_smem.at[slot]
             output, first_tile, is_transposed, is_sum = results[number]
-            if is_sum:
-                own_scales[...] = values
-            else:
-                own_codes[...], own_scales[...] = quantize(values, COLUMNS if is_transposed else layout)
+            codes, scales = (None, values) if is_sum else quantize(values, COLUMNS if is_transposed else layout)
+            if number >= slots or chunks > 1:
+                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+            if codes is not None:
+                own_codes[...] = codes
+            own_scales[...] = scales
             plgpu.commit_smem()
             along_rows, along_columns = i, j + first_tile
             if is_transposed:
