@@ -133,6 +133,36 @@ def test_kernels_equal_the_reference_without_races(interpreter, name, shape):
     check(make_case(name, *shape))
 
 
+def check_extremes():
+    """Compares gradients of SwiGLU where scales and weights times inverses of scales leave float32."""
+    rows = 128
+    gate_up, dhidden = draw((rows, 256)), draw((rows, 128), seed=1)
+    gate_up = gate_up.at[3].multiply(1e9).at[4, 130].set(jnp.inf).at[5].multiply(2.0**-120)
+    dhidden = dhidden.at[3].set(0).at[6, 7].set(jnp.nan).at[7].multiply(2.0**-120).at[8, 9].set(jnp.inf).at[11].set(0)
+    weights = jnp.ones(rows).at[8].set(0).at[9].set(jnp.nan).at[10].set(-2).at[11].set(1e30)
+    operands = formats.quantize_rows(gate_up), dhidden, weights
+    *actual, actual_sums = pallas_gpu.weighted_swiglu_gradient(*operands)
+    *expected, expected_sums = reference.weighted_swiglu_gradient(*operands)
+    for one, other in zip(actual, expected):
+        values, expected_values = (np.asarray(formats.dequantize(q)) for q in (one, other))
+        np.testing.assert_array_equal(np.isnan(values), np.isnan(expected_values))
+        is_number = ~np.isnan(values)
+        assert is_number.any()
+        assert (values != expected_values)[is_number].mean() < FUSED_SHARE
+        assert (np.asarray(one.scales) != np.asarray(other.scales)).mean() < FUSED_SHARE
+    np.testing.assert_allclose(actual_sums, expected_sums, rtol=1e-4, atol=2.0**-100)
+
+
+@interpreted
+def test_extreme_scales_and_weights_become_no_other_values(interpreter):
+    check_extremes()
+
+
+@pytest.mark.gpu
+def test_extreme_scales_and_weights_become_no_other_values_on_a_gpu():
+    check_extremes()
+
+
 @pytest.mark.parametrize(("name", "shape"), CALLS)
 def test_kernels_lower_for_cuda(name, shape):
     case = make_case(name, *shape)
