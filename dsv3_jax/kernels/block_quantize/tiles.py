@@ -5,6 +5,7 @@ codes and scales out. Several blocks share an SM and hide each other's latency, 
 TMA reads zeros outside a tensor and does not write there: partial tiles need no masks.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +38,10 @@ COLUMNS = plgpu.Layout.WGMMA  # two shuffles for a maximum; what a transposed lo
 COMPILER_PARAMS = plgpu.CompilerParams(
     approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0
 )
+
+# Where a thread reads no shared memory that it writes: each result has the barrier after the wait for its slot, and
+# that between its stores and its copy. Pallas's own are two more per store.
+WITHOUT_BARRIERS = dataclasses.replace(COMPILER_PARAMS, unsafe_no_auto_barriers=True)
 
 
 class Operand(NamedTuple):
@@ -227,7 +232,7 @@ def for_each_tile(
             plgpu.SMEM((slots, chunk_rows), jnp.float32),
             plgpu.Barrier(num_arrivals=len(arrays)),
         ),
-        compiler_params=COMPILER_PARAMS,
+        compiler_params=WITHOUT_BARRIERS,
     )(*arrays)
     # Without the barrier XLA runs the kernel twice where a loop also stacks its results for the backward pass.
     outputs = _by_output(lax.optimization_barrier(outputs), are_sums)
