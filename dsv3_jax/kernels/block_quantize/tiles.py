@@ -156,19 +156,22 @@ def for_each_tile(
     is_segmented = all(contraction % SEGMENT == 0 for _, contraction in output_shapes)
     arrays, types, transfers = _in_shared_memory(operands, factors, tile_rows)
     slots = 1 if has_one_slot else len(results)
+    num_vectors = types.count(None)
     are_sums = [any(result.is_sum for result in results if result.output == o) for o in range(len(output_shapes))]
 
     # One function because what is computed and what is stored share slots and the order of copies.
     def kernel(*refs):
         inputs, refs = refs[: len(arrays)], refs[len(arrays) :]
         outputs, refs = _by_output(refs[: len(out_types)], are_sums), refs[len(out_types) :]
-        copies, (codes_smem, scales_smem, is_full) = refs[: len(arrays)], refs[len(arrays) :]
+        *tiles, codes_smem, vectors_smem, is_full = refs
+        tiles, vectors = iter(tiles), iter(range(num_vectors))
+        copies = [vectors_smem.at[next(vectors)] if type_ is None else next(tiles) for type_ in types]
         i, j = lax.axis_index("row"), lax.axis_index("column")
         layout = ROWS if is_segmented else COLUMNS
 
         def store(number, chunk, values):
             slot = number % slots
-            own_codes, own_scales = codes_smem.at[slot], scales_smem.at[slot]
+            own_codes, own_scales = codes_smem.at[slot], vectors_smem.at[num_vectors + slot, pl.ds(0, chunk_rows)]
             output, first_tile, is_transposed, is_sum = results[number]
             codes, scales = (None, values) if is_sum else quantize(values, COLUMNS if is_transposed else layout)
             if number >= slots or chunks > 1:
@@ -227,9 +230,9 @@ def for_each_tile(
         grid=(pl.cdiv(extent[0], tile_rows), extent[1]),
         grid_names=("row", "column"),
         scratch_types=(
-            *types,
+            *(type_ for type_ in types if type_ is not None),
             segmented((slots, chunk_rows, TILE), E4M3, also_dividing=SEGMENT if is_segmented else NARROW_SEGMENT),
-            plgpu.SMEM((slots, chunk_rows), jnp.float32),
+            plgpu.SMEM((num_vectors + slots, tile_rows), jnp.float32),  # one array: each is rounded up to 1 KiB
             plgpu.Barrier(num_arrivals=len(arrays)),
         ),
         compiler_params=WITHOUT_BARRIERS,
@@ -248,7 +251,7 @@ def _by_output(arrays: Sequence[Any], are_sums: list[bool]) -> list[tuple[Any | 
 def _in_shared_memory(
     operands: list[Operand], factors: tuple[jax.Array, ...], tile_rows: int
 ) -> tuple[list, list, list]:
-    """Returns all arrays that are read, the blocks that hold their tiles, and (i, j) -> index of a tile in each."""
+    """Returns all arrays that are read, the blocks that hold their tiles or None of vectors, and (i, j) -> index."""
     arrays, types, transfers = [], [], []
     for tensor, first_tile in operands:
         is_quantized = isinstance(tensor, QuantizedArray)
@@ -260,11 +263,11 @@ def _in_shared_memory(
         )
         if is_quantized:
             arrays.append(tensor.scales)
-            types.append(plgpu.SMEM((tile_rows,), jnp.float32))
+            types.append(None)
             transfers.append(lambda i, j, first=first_tile: (j + first, pl.ds(i * tile_rows, tile_rows)))
     for array in factors:
         arrays.append(array)
-        types.append(plgpu.SMEM((tile_rows,), jnp.float32))
+        types.append(None)
         transfers.append(lambda i, _: pl.ds(i * tile_rows, tile_rows))
     return arrays, types, transfers
 
