@@ -138,10 +138,10 @@ def swiglu_gradient(gate_up: QuantizedArray, dhidden_MF: jax.Array) -> tuple[Qua
 
     def chunk_values(chunk, gate, up, dhidden):
         read_up = functools.partial(up.unscaled_rows, chunk)
-        dgate, dup = _gradients(*_gate_rows(gate, chunk), dhidden.rows(chunk), read_up)
+        dgate, dup = _gradients(*_gate_rows(gate, chunk), dhidden.rows(chunk), read_up, False)
         yield Scaled(dgate, up.scales.of_rows(chunk))
         yield Scaled(dup, gate.scales.of_rows(chunk))
-        yield from _gradients_of_columns(chunk, gate, up, dhidden.columns(chunk))
+        yield from _gradients_of_columns(chunk, gate, up, dhidden.columns(chunk), False)
 
     by_rows, by_columns = _swiglu_gradient(chunk_values, gate_up, dhidden_MF, "swiglu_gradient")
     return by_rows, by_columns
@@ -155,11 +155,11 @@ def weighted_swiglu_gradient(
     def chunk_values(chunk, gate, up, dhidden, weights):
         gate_scales, up_scales, factors = (one.of_rows(chunk) for one in (gate.scales, up.scales, weights))
         read_up = functools.partial(up.unscaled_rows, chunk)
-        dgate, dup = _gradients(*_gate_rows(gate, chunk), dhidden.rows(chunk), read_up)
+        dgate, dup = _gradients(*_gate_rows(gate, chunk), dhidden.rows(chunk), read_up, True)
         yield (dup * read_up()).sum(axis=1) * (gate_scales * up_scales)
         yield Scaled(dgate, up_scales * factors)
         yield Scaled(dup, gate_scales * factors)
-        yield from _gradients_of_columns(chunk, gate, up, dhidden.columns(chunk) * weights.columns(chunk))
+        yield from _gradients_of_columns(chunk, gate, up, dhidden.columns(chunk) * weights.columns(chunk), True)
 
     by_rows, by_columns, sums_fM = _swiglu_gradient(
         chunk_values, gate_up, dhidden_MF, "weighted_swiglu_gradient", (weights_M,)
@@ -190,12 +190,19 @@ def _gate_rows(gate: Block, chunk) -> tuple[jax.Array, jax.Array, plgpu.Layout]:
     return gate.unscaled_rows(chunk), gate.scales.rows(chunk), gate.row_layout
 
 
-def _gradients_of_columns(chunk, gate: Block, up: Block, dhidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _gradients(gate.columns(chunk), 1.0, COLUMNS, dhidden, functools.partial(up.columns, chunk))
+def _gradients_of_columns(
+    chunk, gate: Block, up: Block, dhidden: jax.Array, reads_up_early: bool
+) -> tuple[jax.Array, jax.Array]:
+    return _gradients(gate.columns(chunk), 1.0, COLUMNS, dhidden, functools.partial(up.columns, chunk), reads_up_early)
 
 
 def _gradients(
-    gate: jax.Array, scales: jax.Array, layout: plgpu.Layout, dhidden: jax.Array, read_up: Callable
+    gate: jax.Array,
+    scales: jax.Array,
+    layout: plgpu.Layout,
+    dhidden: jax.Array,
+    read_up: Callable,
+    reads_up_early: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the gradients of gate and up from both without their scales.
 
@@ -204,15 +211,18 @@ def _gradients(
       layout: of all.
       dhidden: gradient of the product.
       read_up: returns codes of up as float32.
+      reads_up_early: up is read before the last products. The compiler's registers depend on it, nothing else.
 
     Returns:
       the gradient of gate, less the scales of up; and the gradient of up, less the scales of gate.
     """
-    # Both before either is quantized, and up read first: 168 registers, so that three thread blocks share an SM.
+    # Both before either is quantized, up read as each caller asks for: 168 registers, three thread blocks on an SM.
     sigmoid = _sigmoid(gate * (scales * -LOG2_E), layout)
     scaled = dhidden * sigmoid
     dup = scaled * gate
-    return read_up() * (scaled + dup * (scales - scales * sigmoid)), dup
+    if reads_up_early:
+        return read_up() * (scaled + dup * (scales - scales * sigmoid)), dup
+    return (scaled + dup * (scales - scales * sigmoid)) * read_up(), dup
 
 
 def _quantize_columns(tensor: jax.Array | QuantizedArray, shape: tuple[int, int], name: str) -> QuantizedArray:
