@@ -329,6 +329,13 @@ def test_kernels_compile_for_an_h200_without_spills(compiled, name):
 
 
 @pytest.mark.deviceless
+@pytest.mark.parametrize("name", [name for name in other_calls() if "swiglu_gradient" in name])
+def test_three_thread_blocks_of_swiglu_gradients_have_registers_on_a_multiprocessor(compiled, name):
+    for kernel in compiled[name]:
+        assert 3 * kernel["registers"] * kernel["threads"] <= 65536, kernel
+
+
+@pytest.mark.deviceless
 @pytest.mark.parametrize("name", LOWERED)
 def test_products_run_on_fp8_tensor_cores(compiled, name):
     (kernel,) = compiled[name]
