@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 # The kernels that multiply; others of ours quantize, gather or add.
 _PRODUCTS = ("fp8_matmul_kernel", "few_rows_kernel", "grouped_matmul_kernel")
@@ -81,7 +82,9 @@ def _work(equation: Equation, expert_rows: int | None) -> tuple[str, float]:
     name = equation.params["name"]
     matrices = [array for array in arrays if array.ndim >= 2 and array.dtype.itemsize < 4]
     if name in _PRODUCTS:
-        return _precision(matrices[:2]), _product_flops(*matrices[:2], equation.outvars[0].aval, expert_rows)
+        is_of_experts = any(array.ndim == 1 and array.dtype == jnp.int32 for array in arrays)  # whose rows are which
+        rows = expert_rows if is_of_experts else None
+        return _precision(matrices[:2]), _product_flops(*matrices[:2], equation.outvars[0].aval, rows)
     if name in _ATTENTION:
         return _precision(matrices[:3]), _attention_flops(name, *matrices[:3])
     if any(_multiplies(jaxpr) for jaxpr in _kernel_bodies(equation)):
@@ -92,13 +95,14 @@ def _work(equation: Equation, expert_rows: int | None) -> tuple[str, float]:
 def _product_flops(left: Any, right: Any, result: Any, expert_rows: int | None) -> float:
     """Returns the FLOPs of a product, plain or of rows with the weights of their experts.
 
-    Both operands end in the dimension that is contracted, or are [M, K] and [M, N] for a weight gradient [E, K, N].
+    Both operands end in the dimension that is contracted, or are [M, K] and [M, N] for a weight gradient [E, K, N]. The
+    result may also be parts of a sum over that dimension, [parts, M, N].
     """
     is_grouped = max(left.ndim, right.ndim, result.ndim) > 2
     rows_first = is_grouped and result.ndim > 2 and result.shape[-2:] == (left.shape[-1], right.shape[-1])
     depth = left.shape[0] if rows_first else left.shape[-1]
     rows, columns = result.shape[-2:]
-    if is_grouped and expert_rows is not None:
+    if expert_rows is not None:
         depth, rows = (min(depth, expert_rows), rows) if result.ndim > 2 else (depth, min(rows, expert_rows))
     return 2.0 * depth * rows * columns
 

@@ -113,6 +113,20 @@ def test_rows_of_experts_count_up_to_those_that_hold_tokens():
         assert count(jax.grad(loss, argnums=(0, 1)), *arguments) == {"bf16": 3 * product}
 
 
+def test_a_weight_gradient_in_parts_counts_all_tokens_however_few_rows_the_experts_have():
+    outputs, inputs, tokens = 128, 256, 8192
+    dy, x = struct(outputs, tokens), struct(inputs, tokens)
+
+    def gradient(dy, x):
+        return fp8_matmul(quantize_rows(dy), quantize_rows(x), out_dtype=jnp.float32)
+
+    with device.lowering_for_hopper():
+        jaxpr = str(jax.make_jaxpr(gradient)(dy, x))
+        work = count(gradient, dy, x, expert_rows=64)
+    assert f"f32[8,{outputs},{inputs}]" in jaxpr, "the tokens are multiplied in parts"
+    assert work == {"fp8": 2 * outputs * tokens * inputs}
+
+
 def test_kernel_of_unknown_work_is_refused_rather_than_left_out(monkeypatch):
     monkeypatch.setattr(flops, "_ATTENTION", {})
     operands = struct(1, 128, 1, 192), struct(1, 128, 1, 256), struct(1, 128, 64)
