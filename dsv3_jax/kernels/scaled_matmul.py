@@ -65,6 +65,17 @@ class Tile:
         return self.columns * self.cluster
 
 
+def large_tile(out_dtype: Any) -> Tile:
+    """Returns the tile of 192 x 128 for an output of this type: the fastest where every multiprocessor has one."""
+    pieces = {"store_columns": 32, "store_slots": 2} if jnp.dtype(out_dtype).itemsize == 4 else {}
+    return Tile(cluster=2, early_addresses=True, **pieces)
+
+
+def small_tile(out_dtype: Any) -> Tile:
+    """Returns the tile of 128 x 128 for sizes that larger ones leave multiprocessors idle on."""
+    return dataclasses.replace(large_tile(out_dtype), warpgroups=2, in_flight=2, stages=5)
+
+
 class Work(NamedTuple):
     """The output tiles of a cluster: which rows and columns of which group, and which part of the contraction."""
 

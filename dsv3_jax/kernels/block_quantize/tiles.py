@@ -109,16 +109,12 @@ class Block(NamedTuple):
 
     def columns(self, chunk) -> jax.Array:
         """Returns 64 columns of a tile of 128 rows, transposed: float32 [64, 128]."""
-        values = self.unscaled_columns(chunk)
-        return values if self.scales is None else values * self.scales.columns(chunk)
-
-    def unscaled_columns(self, chunk) -> jax.Array:
-        """Returns what `columns` multiplies with the scales."""
         own = self.values.at[:, pl.ds(chunk * CHUNK, CHUNK)]
         values = plgpu.layout_cast(own.T[...], plgpu.Layout.WGMMA_TRANSPOSED)
         if values.dtype == E4M3:
             values = values.astype(jnp.float16)  # exact, and pairs of 16 bits change lanes in one shuffle
-        return _to_float32(plgpu.layout_cast(values, COLUMNS), COLUMNS)
+        values = _to_float32(plgpu.layout_cast(values, COLUMNS), COLUMNS)
+        return values if self.scales is None else values * self.scales.columns(chunk)
 
 
 def for_each_tile(

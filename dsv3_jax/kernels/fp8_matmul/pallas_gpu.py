@@ -29,13 +29,12 @@ def fp8_matmul(
     Args:
       tile: shape of the work of one thread block, and thereby which kernel runs; None takes the tuned one.
     """
+    shape = len(a.codes), len(b.codes)
     if tile is None:
         has_few_rows = len(a.codes) <= MAX_ROWS and b.tile == "block"
-        shape = len(a.codes), len(b.codes)
         tile = tuned.few_rows(*b.codes.shape) if has_few_rows else tuned.fp8_matmul(*shape, out_dtype)
     if isinstance(tile, tuned.FewRowsTile):
-        out_type = jax.ShapeDtypeStruct((len(a.codes), len(b.codes)), out_dtype)
-        return few_rows_matmul(a, b, out_type=out_type, tile=tile)
+        return few_rows_matmul(a, b, out_type=jax.ShapeDtypeStruct(shape, out_dtype), tile=tile)
     return _multiply(a, b, out_dtype, tile, with_squares=False)[0]
 
 

@@ -3,13 +3,12 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dsv3_jax.kernels.device import NUM_SMS
-from dsv3_jax.kernels.scaled_matmul import Tile
+from dsv3_jax.kernels.scaled_matmul import Tile, large_tile, small_tile
 
-SMALLER_TILE_COST = 1.05  # of a multiply-add in a tile of 128 x 128, beside one of 192 x 128; measured on an H200
+SMALL_TILE_COST = 1.05  # of a multiply-add in a tile of 128 x 128, beside one of 192 x 128; measured on an H200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +26,13 @@ def fp8_matmul(num_rows: int, num_columns: int, out_dtype: Any) -> Tile:
 
     Of two, that with which the last multiprocessor is ready first.
     """
-    larger = Tile(cluster=2, early_addresses=True)
-    if jnp.dtype(out_dtype).itemsize == 4:
-        larger = dataclasses.replace(larger, store_columns=32, store_slots=2)
-    smaller = dataclasses.replace(larger, warpgroups=2, in_flight=2, stages=5, cluster=1)
+    costs = {large_tile(out_dtype): 1.0, dataclasses.replace(small_tile(out_dtype), cluster=1): SMALL_TILE_COST}
 
     def duration(tile):
         work = pl.cdiv(num_rows, tile.rows) * pl.cdiv(num_columns, tile.cluster_columns)
-        cost = SMALLER_TILE_COST if tile is smaller else 1.0
-        return pl.cdiv(work, NUM_SMS // tile.cluster) * tile.rows * cost
+        return pl.cdiv(work, NUM_SMS // tile.cluster) * tile.rows * costs[tile]
 
-    return min(larger, smaller, key=duration)
+    return min(costs, key=duration)
 
 
 def few_rows(columns: int, contraction: int) -> FewRowsTile:
